@@ -29,11 +29,10 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import namedtuple
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,8 +47,6 @@ from tqdm import tqdm
 MODES = {"easy": ENV_NAMES, "hard": ENV_NAMES}  # and their games: any other pair aborts inside Procgen
 MODES["extreme"] = ["chaser", "dodgeball", "leaper", "starpilot"]
 MODES["memory"] = ["caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"]
-METRICS = ["policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"]
-METRICS += ["ratio_deviation", "grad_norm"]
 
 
 @dataclass
@@ -83,10 +80,6 @@ class Args:
     wandb_project_name: str = "mdpo"  # project of --track
     wandb_entity: str | None = None  # team of --track
 
-    batch_size: int = field(init=False)  # num_envs * num_steps
-    minibatch_size: int = field(init=False)  # batch_size / num_minibatches
-    num_iterations: int = field(init=False)  # whole batches in total_timesteps
-
     def __post_init__(self):
         def check(ok: bool, name: str, needs: str):
             if not ok:
@@ -94,14 +87,9 @@ class Args:
 
         check(self.env_id in ENV_NAMES, "env_id", f"must be one of {', '.join(ENV_NAMES)}")
         modes = [mode for mode, games in MODES.items() if self.env_id in games]
-        check(
-            self.distribution_mode in modes,
-            "distribution_mode",
-            f"of {self.env_id} must be {' or '.join(modes)}",
-        )
-        check(
-            re.fullmatch(r"[\w.+=-]+", self.exp_name), "exp_name", "must be letters, digits or any of _.+=-"
-        )
+        needs = f"must be {' or '.join(modes)} for {self.env_id}"
+        check(self.distribution_mode in modes, "distribution_mode", needs)
+        check(re.fullmatch(r"[\w.+=-]+", self.exp_name), "exp_name", "must be of letters, digits and _.+=-")
         for names, low, high in (
             ("num_envs num_steps num_minibatches update_epochs num_eval_envs", 1, 2**31 - 1),
             ("seed num_levels start_level eval_interval num_env_threads", 0, 2**31 - 1),
@@ -128,11 +116,8 @@ class Args:
         check(re.fullmatch(r"cpu|cuda(:\d+)?", self.device), "device", "must be auto, cpu, cuda or cuda:N")
         if self.device.startswith("cuda"):
             found, index = torch.cuda.device_count(), int(self.device[5:] or 0)
-            check(
-                index < found,
-                "device",
-                f"needs CUDA device {index} and PyTorch finds {found}: try cpu or auto",
-            )
+            needs = f"needs CUDA device {index}, and PyTorch finds {found}: auto or cpu would do"
+            check(index < found, "device", needs)
         has_wandb = importlib.util.find_spec("wandb") is not None
         check(has_wandb or not self.track, "track", "needs wandb: `pip install wandb`, or leave it out")
 
@@ -206,16 +191,10 @@ class RewardNormalizer:
         return normalized.clip(-10, 10)
 
 
-class Batch(NamedTuple):
-    """What an update needs: (num_steps + 1, num_envs, ...) while it is collected, when the last row only
-    bootstraps; (batch_size, ...) and (minibatch_size, ...) in the update."""
-
-    obs: torch.Tensor  # uint8 (..., 64, 64, 3)
-    actions: torch.Tensor  # int64
-    logprobs: torch.Tensor
-    values: torch.Tensor  # in units of the normalised reward, like the next two
-    advantages: torch.Tensor
-    returns: torch.Tensor
+# The data of an update. obs is uint8 (..., 64, 64, 3), actions int64, the rest float32; values, advantages
+# and returns are in units of the normalised reward. The leading dimensions are (num_steps + 1, num_envs) in a
+# rollout, whose last row only bootstraps, then (batch_size,), then (minibatch_size,).
+Batch = namedtuple("Batch", "obs actions logprobs values advantages returns")
 
 
 def compute_gae(rewards, values, dones, next_value, next_done, gamma: float, gae_lambda: float):
@@ -247,8 +226,12 @@ def value_loss(new_values, old_values, returns, clip_coef: float):
     return 0.5 * torch.max((new_values - returns) ** 2, (clipped_values - returns) ** 2).mean()
 
 
+METRICS = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac ratio_deviation".split()
+METRICS += "grad_norm".split()  # a row of what minibatch_step returns
+
+
 def rl_loss(logits, new_values, mb: Batch, args: Args):
-    """policy_loss + vf_coef value_loss - ent_coef entropy, a scalar, and the scalar diagnostics by name.
+    """policy_loss + vf_coef value_loss - ent_coef entropy, a scalar, and the first seven METRICS.
 
     logits (B, num_actions) and new_values (B,) are what the network now says of the minibatch.
     """
@@ -259,15 +242,9 @@ def rl_loss(logits, new_values, mb: Batch, args: Args):
     pg_loss = policy_loss(ratio, advantages, args.clip_coef)
     v_loss = value_loss(new_values, mb.values, mb.returns, args.clip_coef)
     entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
-    metrics = {
-        "policy_loss": pg_loss,
-        "value_loss": v_loss,
-        "entropy": entropy,
-        "old_approx_kl": (-log_ratio).mean(),
-        "approx_kl": (ratio - 1 - log_ratio).mean(),
-        "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
-        "ratio_deviation": (ratio - 1).abs().mean(),
-    }
+    approx_kl, deviation = (ratio - 1 - log_ratio).mean(), (ratio - 1).abs()
+    clipfrac = (deviation > args.clip_coef).float().mean()
+    metrics = [pg_loss, v_loss, entropy, -log_ratio.mean(), approx_kl, clipfrac, deviation.mean()]
     return pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy, metrics
 
 
@@ -307,9 +284,9 @@ def minibatch_step(agent: Agent, optimizer, batch: Batch, args: Args, mb_inds):
     loss, metrics = rl_loss(logits, new_values, mb, args)
     optimizer.zero_grad()
     loss.backward()
-    metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
-    return torch.stack([metrics[name].detach() for name in METRICS])[None]
+    return torch.stack([*metrics, grad_norm]).detach()[None]
 
 
 def update(step, args: Args, device):
@@ -365,7 +342,7 @@ class Runner:
         self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
 
     def finish_rollout(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
-        """Estimates the advantages and returns of a rollout with these (num_steps + 1, num_envs) rewards, dones.
+        """Estimates advantages and returns after a rollout; rewards and dones are (num_steps + 1, num_envs).
         Gives the raw return and the length of all episodes that ended in it, (2, number of episodes)."""
         args, values = self.args, self.data.values
         normalized = torch.from_numpy(self.normalizer(rewards[1:], dones[1:])).to(self.device)
@@ -393,7 +370,7 @@ class Runner:
             self.writer.add_scalar(tag, value, global_step)
 
     def test(self, global_step: int):
-        """Writes the mean return of one episode in each test environment, and the gap to the training one."""
+        """Writes the mean return of an episode in each test environment, and its gap to training."""
         self.test_return = evaluate(self.policy, self.eval_envs["full_distribution"], 1, self.device).mean()
         self.writer.add_scalar("charts/test_episodic_return", self.test_return, global_step)
         gap = self.train_return - self.test_return
@@ -474,7 +451,7 @@ def parse_args() -> Args:
         fail(message.split("; For full helptext")[0])
 
 
-def main(args: Args, signals: Sequence[int] = ()):
+def main(args: Args, signals=()):
     """Trains. Once something is in `signals`, stops after the iteration under way."""
     random.seed(args.seed)
     np.random.seed(args.seed)

@@ -1,0 +1,539 @@
+# /// script
+# requires-python = ">=3.10,<3.13"
+# dependencies = [
+#   "gym==0.23.1", "gym-notices==0.0.8", "numpy==1.26.4", "setuptools==84.2.1", "tensorboard==2.21.0",
+#   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+#   "procgen==0.10.7; python_version < '3.11'", "procgen-mirror==0.10.7; python_version >= '3.11'",
+# ]
+# ///
+"""MDSPO on Procgen: two SPO agents that learn from each other, trained on 500 levels, tested on all.
+
+"Representation Convergence: Mutual Distillation is Secretly a Form of Regularization" (appendix E.2). Each
+agent collects its own rollouts. On agent i's minibatch, with the peer j, its loss is (equation 18)
+
+    L_i = L_RL,i + distill_coef KL( pi_j(.|o) || pi_i(.|o) )
+
+and one Adam minimises (L_1 + L_2) / 2 (algorithm 1). Both networks get the gradient of both KL terms.
+spo_procgen.py is the same without a peer, mdpo_procgen.py differs from this file only in policy_loss.
+
+    python mdspo_procgen.py --env-id bigfish
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections import namedtuple
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from gym.wrappers.normalize import RunningMeanStd
+from procgen import ProcgenGym3Env
+from procgen.env import ENV_NAMES
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+MODES = {"easy": ENV_NAMES, "hard": ENV_NAMES}  # and their games: any other pair aborts inside Procgen
+MODES["extreme"] = ["chaser", "dodgeball", "leaper", "starpilot"]
+MODES["memory"] = ["caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"]
+
+
+@dataclass
+class Args:
+    env_id: str = "bigfish"  # one of the 16 games of Procgen
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    seed: int = 1  # of networks, actions, minibatches and environments
+    total_timesteps: int = 50_000_000  # environment steps of each agent
+    learning_rate: float = 5e-4  # of Adam
+    num_envs: int = 64  # parallel environments
+    num_steps: int = 256  # steps in each environment between two updates
+    num_minibatches: int = 8  # minibatches in an epoch
+    update_epochs: int = 3  # passes over the data of an iteration
+    gamma: float = 0.999  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation
+    clip_coef: float = 0.2  # epsilon of the policy loss and of the value clipping
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    distill_coef: float = 1.0  # weight of the mutual distillation
+    detach_peer: bool = False  # distil into the agent alone, without gradient for its peer
+    max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
+    channels: tuple[int, int, int] = (16, 32, 32)  # width of the encoder's three stages
+    num_levels: int = 500  # training levels, 0 for all there are
+    start_level: int = 0  # first training level
+    distribution_mode: str = "hard"  # easy or hard, for some games also extreme or memory
+    eval_interval: int = 50  # iterations between tests on the full distribution, 0 for no tests
+    num_eval_envs: int = 64  # test environments, one episode in each
+    final_eval_episodes: int = 512  # episodes of the last test, on each kind of levels
+    device: str = "auto"  # cpu, cuda, cuda:N, or auto: CUDA where there is one
+    num_env_threads: int = 0  # Procgen's threads, 0 for one a core
+    torch_deterministic: bool = False  # only deterministic cuDNN algorithms
+    track: bool = False  # log to Weights & Biases too
+    wandb_project_name: str = "mdpo"  # project of --track
+    wandb_entity: str | None = None  # team of --track
+
+    def __post_init__(self):
+        def check(ok: bool, name: str, needs: str):
+            if not ok:
+                raise ValueError(f"--{name.replace('_', '-')} {needs}, not {getattr(self, name)}")
+
+        check(self.env_id in ENV_NAMES, "env_id", f"must be one of {', '.join(ENV_NAMES)}")
+        modes = [mode for mode, games in MODES.items() if self.env_id in games]
+        needs = f"must be {' or '.join(modes)} for {self.env_id}"
+        check(self.distribution_mode in modes, "distribution_mode", needs)
+        check(re.fullmatch(r"[\w.+=-]+", self.exp_name), "exp_name", "must be of letters, digits and _.+=-")
+        for names, low, high in (
+            ("num_envs num_steps num_minibatches update_epochs num_eval_envs", 1, 2**31 - 1),
+            ("seed num_levels start_level eval_interval num_env_threads", 0, 2**31 - 1),
+            ("final_eval_episodes", 2, 2**31 - 1),
+            ("gamma gae_lambda", 0, 1),
+            ("learning_rate clip_coef max_grad_norm", 1e-9, 10**9),
+            ("ent_coef vf_coef distill_coef", 0, 10**9),
+        ):
+            for name in names.split():
+                check(low <= getattr(self, name) <= high, name, f"must be from {low} to {high}")
+        check(self.start_level + self.num_levels < 2**31, "start_level", "+ --num-levels must be below 2**31")
+        check(len(self.channels) == 3 and min(self.channels) > 0, "channels", "must be three numbers above 0")
+
+        self.batch_size = self.num_envs * self.num_steps
+        self.minibatch_size = self.batch_size // self.num_minibatches
+        self.num_iterations = self.total_timesteps // self.batch_size
+        batch = f"the batch, --num-envs x --num-steps = {self.batch_size}"
+        check(self.batch_size % self.num_minibatches == 0, "num_minibatches", f"must divide {batch}")
+        check(self.minibatch_size >= 2, "num_minibatches", f"must be at most half of {batch}")
+        check(self.num_iterations >= 1, "total_timesteps", f"must be at least {batch}")
+
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        check(re.fullmatch(r"cpu|cuda(:\d+)?", self.device), "device", "must be auto, cpu, cuda or cuda:N")
+        if self.device.startswith("cuda"):
+            found, index = torch.cuda.device_count(), int(self.device[5:] or 0)
+            needs = f"needs CUDA device {index}, and PyTorch finds {found}: auto or cpu would do"
+            check(index < found, "device", needs)
+        has_wandb = importlib.util.find_spec("wandb") is not None
+        check(has_wandb or not self.track, "track", "needs wandb: `pip install wandb`, or leave it out")
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv_2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv_2(self.conv_1(x.relu()).relu())
+
+
+class Agent(nn.Module):
+    """The IMPALA-CNN (Espeholt et al. 2018) with a policy and a value head.
+
+    obs: uint8 (B, 64, 64, 3), or float in [0, 255]. Returns logits (B, num_actions) and value (B,), the value
+    in units of the normalised reward.
+    """
+
+    def __init__(self, num_actions: int = 15, channels: tuple[int, int, int] = (16, 32, 32)):
+        super().__init__()
+        layers = []
+        for in_channels, out_channels in zip((3, *channels), channels):
+            layers += [
+                nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
+                nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+                ResidualBlock(out_channels),
+                ResidualBlock(out_channels),
+            ]
+        layers += [nn.Flatten(), nn.ReLU(), nn.Linear(channels[-1] * 8 * 8, 256), nn.ReLU()]
+        self.encoder = nn.Sequential(*layers)
+        self.actor = nn.Linear(256, num_actions)
+        self.critic = nn.Linear(256, 1)
+        for head, gain in ((self.actor, 0.01), (self.critic, 1.0)):
+            nn.init.orthogonal_(head.weight, gain)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, obs):
+        hidden = self.encoder(obs.permute(0, 3, 1, 2) / 255)
+        return self.actor(hidden), self.critic(hidden).squeeze(-1)
+
+
+def make_envs(args: Args, num: int, num_levels: int, start_level: int, rand_seed: int):
+    """Procgen behind its gym3 interface: `act` starts a step in Procgen's threads, `observe` waits for it.
+
+    For other environments return an object with `num`, `act(int32 (num,))`, `close()` and `observe()`, which
+    gives (reward float32 (num,), {"rgb": uint8 (num, 64, 64, 3)}, first bool (num,)). `first` says that the
+    observation begins an episode; the action -1 ends the episode under way.
+    """
+    levels = {"num_levels": num_levels, "start_level": start_level}
+    options = {"distribution_mode": args.distribution_mode, "rand_seed": rand_seed, **levels}
+    return ProcgenGym3Env(num, args.env_id, num_threads=args.num_env_threads or os.cpu_count(), **options)
+
+
+class RewardNormalizer:
+    """gym's NormalizeReward: divides by the running standard deviation of the discounted return."""
+
+    def __init__(self, num_envs: int, gamma: float):
+        self.gamma, self.returns, self.statistics = gamma, np.zeros(num_envs), RunningMeanStd(shape=())
+
+    def __call__(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
+        """Raw rewards and whether they ended an episode, (num_steps, num_envs), to float32 in [-10, 10]."""
+        normalized = np.empty(rewards.shape, np.float32)
+        for step, reward in enumerate(rewards):
+            self.returns = self.returns * self.gamma + reward
+            self.statistics.update(self.returns)
+            self.returns[dones[step]] = 0
+            normalized[step] = reward / np.sqrt(self.statistics.var + 1e-8)
+        return normalized.clip(-10, 10)
+
+
+# The data of an update. obs is uint8 (..., 64, 64, 3), actions int64, the rest float32; values, advantages
+# and returns are in units of the normalised reward. The leading dimensions are (num_steps + 1, num_envs) in a
+# rollout, whose last row only bootstraps, then (batch_size,), then (minibatch_size,).
+Batch = namedtuple("Batch", "obs actions logprobs values advantages returns")
+
+
+def compute_gae(rewards, values, dones, next_value, next_done, gamma: float, gae_lambda: float):
+    """Generalized advantage estimation (Schulman et al. 2016).
+
+    All (num_steps, num_envs), next_* (num_envs,). rewards[t] is for the action at obs[t], normalised;
+    dones[t] says that obs[t] begins an episode. Returns advantages and returns, of the shape of values.
+    """
+    advantages = torch.empty_like(values)
+    advantage = torch.zeros_like(next_value)
+    for step in reversed(range(len(rewards))):
+        next_nonterminal = 1.0 - next_done.float()
+        delta = rewards[step] + gamma * next_value * next_nonterminal - values[step]
+        advantage = delta + gamma * gae_lambda * next_nonterminal * advantage
+        advantages[step] = advantage
+        next_value, next_done = values[step], dones[step]
+    return advantages, advantages + values
+
+
+def policy_loss(ratio, advantages, clip_coef: float):
+    """SPO's objective, negated: a scalar to be minimised. Its optimum is at 1 + sign(A) eps. Both (B,)."""
+    penalty = advantages.abs() * (ratio - 1) ** 2 / (2 * clip_coef)
+    return -(ratio * advantages - penalty).mean()
+
+
+def value_loss(new_values, old_values, returns, clip_coef: float):
+    """Half the squared error of the value or of the clipped value, the larger of the two. All (B,)."""
+    clipped_values = old_values + (new_values - old_values).clamp(-clip_coef, clip_coef)
+    return 0.5 * torch.max((new_values - returns) ** 2, (clipped_values - returns) ** 2).mean()
+
+
+def mutual_kl(peer_logits, logits):
+    """Mean KL(peer || self), the distillation term of equation 18. Both (B, num_actions); a scalar."""
+    peer_logprobs, logprobs = peer_logits.log_softmax(-1), logits.log_softmax(-1)
+    return (peer_logprobs.exp() * (peer_logprobs - logprobs)).sum(-1).mean()
+
+
+METRICS = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac ratio_deviation".split()
+METRICS += "mutual_kl grad_norm".split()  # a row of what minibatch_step returns
+
+
+def rl_loss(logits, new_values, mb: Batch, args: Args):
+    """policy_loss + vf_coef value_loss - ent_coef entropy, a scalar, and the first seven METRICS.
+
+    logits (B, num_actions) and new_values (B,) are what the network now says of the minibatch.
+    """
+    logprobs = logits.log_softmax(-1)
+    log_ratio = logprobs.gather(-1, mb.actions[:, None]).squeeze(-1) - mb.logprobs
+    ratio = log_ratio.exp()
+    advantages = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
+    pg_loss = policy_loss(ratio, advantages, args.clip_coef)
+    v_loss = value_loss(new_values, mb.values, mb.returns, args.clip_coef)
+    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+    approx_kl, deviation = (ratio - 1 - log_ratio).mean(), (ratio - 1).abs()
+    clipfrac = (deviation > args.clip_coef).float().mean()
+    metrics = [pg_loss, v_loss, entropy, -log_ratio.mean(), approx_kl, clipfrac, deviation.mean()]
+    return pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy, metrics
+
+
+@torch.no_grad()
+def act(agent: Agent, obs):
+    """Samples the policy at obs, uint8 (B, 64, 64, 3). Returns actions, logprobs and values, all (B,)."""
+    logits, values = agent(obs)
+    logprobs = logits.log_softmax(-1)
+    gumbel_noise = -torch.empty_like(logprobs).exponential_().log()
+    actions = (logprobs + gumbel_noise).argmax(-1)
+    return actions, logprobs.gather(-1, actions[:, None]).squeeze(-1), values
+
+
+def rollout(policies, envs, data):
+    """Plays num_steps steps in groups of environments, each with its policy (`act`, of obs alone) and the
+    Batch to fill. One group steps in the background while the network acts for the next.
+
+    Returns for each group what came with obs: raw rewards float32 and dones bool, (num_steps + 1, num).
+    """
+    num_steps = len(data[0].obs) - 1
+    rewards = [np.empty((num_steps + 1, group.num), np.float32) for group in envs]
+    dones = [np.empty((num_steps + 1, group.num), bool) for group in envs]
+    for step in range(num_steps + 1):
+        for i, (policy, group, batch) in enumerate(zip(policies, envs, data)):
+            rewards[i][step], obs, dones[i][step] = group.observe()
+            batch.obs[step] = torch.from_numpy(obs["rgb"])
+            batch.actions[step], batch.logprobs[step], batch.values[step] = policy(batch.obs[step])
+            if step < num_steps:
+                group.act(batch.actions[step].cpu().numpy().astype(np.int32))  # waits for the device
+    return rewards, dones
+
+
+def minibatch_step(agents: list[Agent], optimizer, batches: list[Batch], args: Args, mb_inds):
+    """One gradient step on the rows mb_inds of both batches. Returns METRICS, a row for each agent."""
+    mbs = [Batch(*(column[mb_inds] for column in batch)) for batch in batches]
+    obs = torch.cat([mb.obs for mb in mbs])
+    outputs = [agent(obs) for agent in agents]  # each agent on both minibatches
+    loss, metrics = 0.0, []
+    for i, mb in enumerate(mbs):
+        rows = slice(i * len(mb.obs), (i + 1) * len(mb.obs))
+        logits, new_values = (output[rows] for output in outputs[i])
+        peer_logits = outputs[1 - i][0][rows]
+        agent_loss, agent_metrics = rl_loss(logits, new_values, mb, args)
+        kl = mutual_kl(peer_logits.detach() if args.detach_peer else peer_logits, logits)
+        loss = loss + (agent_loss + args.distill_coef * kl) / 2
+        metrics.append([*agent_metrics, kl])
+    optimizer.zero_grad()
+    loss.backward()
+    for agent, agent_metrics in zip(agents, metrics):
+        agent_metrics.append(nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm))
+    optimizer.step()
+    return torch.stack([torch.stack(agent_metrics) for agent_metrics in metrics]).detach()
+
+
+def update(step, args: Args, device):
+    """Passes over the batch in shuffled minibatches, `step` taking the indices of each. Returns mean METRICS,
+    a row for each agent."""
+    metrics = []
+    for _ in range(args.update_epochs):
+        for mb_inds in torch.randperm(args.batch_size, device=device).split(args.minibatch_size):
+            metrics.append(step(mb_inds))
+    return torch.stack(metrics).mean(0).tolist()  # waits for the device
+
+
+def evaluate(policy, envs, episodes_per_env: int, device) -> np.ndarray:
+    """Raw returns of the first episodes_per_env whole episodes of each environment, so that short ones do not
+    win: (episodes_per_env * envs.num,). The levels go on where the last test left them."""
+    episodes = [[] for _ in range(envs.num)]
+    returns = np.zeros(envs.num)
+    envs.act(np.full(envs.num, -1, np.int32))  # ends what the last test left unfinished
+    _, obs, _ = envs.observe()
+    while min(map(len, episodes)) < episodes_per_env:
+        actions, _, _ = policy(torch.from_numpy(obs["rgb"]).to(device))
+        envs.act(actions.cpu().numpy().astype(np.int32))
+        reward, obs, ended = envs.observe()
+        returns += reward
+        for i in np.flatnonzero(ended):
+            episodes[i].append(returns[i])
+            returns[i] = 0
+    return np.concatenate([of_env[:episodes_per_env] for of_env in episodes])
+
+
+class Runner:
+    """One agent's side of a run: its environments, its data and its curves."""
+
+    def __init__(self, args: Args, agent: Agent, index: int, folder: Path, device):
+        self.args, self.agent, self.folder, self.device = args, agent, folder, device
+        self.policy = partial(act, agent)
+        seeds = np.random.default_rng([args.seed, index]).integers(2**31, size=3).tolist()
+        levels = (args.num_levels, args.start_level)
+        self.envs = make_envs(args, args.num_envs, *levels, seeds[0])
+        self.eval_envs = {
+            "training_levels": make_envs(args, args.num_eval_envs, *levels, seeds[1]),
+            "full_distribution": make_envs(args, args.num_eval_envs, 0, 0, seeds[2]),
+        }
+        self.normalizer = RewardNormalizer(args.num_envs, args.gamma)
+        self.episodes = np.zeros((2, args.num_envs))  # raw return and length of those under way
+        self.train_return = self.test_return = math.nan  # as last logged
+        zeros = partial(torch.zeros, args.num_steps + 1, args.num_envs, device=device)
+        obs, actions = zeros(64, 64, 3, dtype=torch.uint8), zeros(dtype=torch.int64)
+        self.data = Batch(obs, actions, logprobs=zeros(), values=zeros(), advantages=zeros(), returns=zeros())
+        self.batch = Batch(*(column[:-1].flatten(0, 1) for column in self.data))  # the same memory
+        self.writer = SummaryWriter(folder)
+        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
+
+    def finish_rollout(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
+        """Estimates advantages and returns after a rollout; rewards and dones are (num_steps + 1, num_envs).
+        Gives the raw return and the length of all episodes that ended in it, (2, number of episodes)."""
+        args, values = self.args, self.data.values
+        normalized = torch.from_numpy(self.normalizer(rewards[1:], dones[1:])).to(self.device)
+        firsts = torch.from_numpy(dones).to(self.device)
+        self.data.advantages[:-1], self.data.returns[:-1] = compute_gae(
+            normalized, values[:-1], firsts[:-1], values[-1], firsts[-1], args.gamma, args.gae_lambda
+        )
+        ended = []
+        for reward, done in zip(rewards[1:], dones[1:]):
+            self.episodes += [reward, np.ones_like(reward)]
+            ended.append(self.episodes[:, done])
+            self.episodes[:, done] = 0
+        return np.concatenate(ended, axis=1)
+
+    def log(self, metrics: list[float], episodes: np.ndarray, global_step: int, sps: float):
+        """Writes an iteration's curves; return and length are means over the episodes that ended in it."""
+        scalars = {f"losses/{name}": value for name, value in zip(METRICS, metrics)}
+        residual = (self.batch.returns - self.batch.values).var() / self.batch.returns.var()
+        scalars["losses/explained_variance"] = 1 - residual.item()
+        scalars |= {"charts/learning_rate": self.args.learning_rate, "charts/SPS": sps}
+        if episodes.size:
+            self.train_return, scalars["charts/episodic_length"] = episodes.mean(1)
+            scalars["charts/episodic_return"] = self.train_return
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, global_step)
+
+    def test(self, global_step: int):
+        """Writes the mean return of an episode in each test environment, and its gap to training."""
+        self.test_return = evaluate(self.policy, self.eval_envs["full_distribution"], 1, self.device).mean()
+        self.writer.add_scalar("charts/test_episodic_return", self.test_return, global_step)
+        gap = self.train_return - self.test_return
+        if not math.isnan(gap):
+            self.writer.add_scalar("charts/generalization_gap", gap, global_step)
+
+    def final_test(self) -> dict[str, dict[str, float]]:
+        """Mean raw return with its standard error on both kinds of levels, and their difference."""
+        result = {}
+        for levels, envs in self.eval_envs.items():
+            returns = evaluate(self.policy, envs, -(-self.args.final_eval_episodes // envs.num), self.device)
+            error = returns.std(ddof=1) / len(returns) ** 0.5
+            result[levels] = {"mean": returns.mean(), "standard_error": error, "episodes": len(returns)}
+        train, test = result.values()
+        error = math.hypot(train["standard_error"], test["standard_error"])
+        result["generalization_gap"] = {"mean": train["mean"] - test["mean"], "standard_error": error}
+        return result
+
+    def save_agent(self):
+        """Writes agent.pt: the weights, the script and its Args, for torch.load(..., weights_only=True)."""
+        weights = {name: weight.cpu() for name, weight in self.agent.state_dict().items()}
+        content = {"script": Path(__file__).stem, "args": asdict(self.args), "agent": weights}
+        write_file(self.folder / "agent.pt", partial(torch.save, content))
+
+    def close(self):
+        self.writer.close()
+        for envs in (self.envs, *self.eval_envs.values()):
+            envs.close()
+
+
+def write_file(path: Path, write):
+    """Makes a file of what `write` writes into a binary stream, whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("wb") as stream:
+        write(stream)
+    unfinished.replace(path)
+
+
+def catch_signals() -> list[int]:
+    """The list that SIGINT and SIGTERM go to, for main to stop at the next good place; a second one kills."""
+    signals = []
+
+    def catch(signum, frame):
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        print("\nstopping after this iteration; once more stops at once", file=sys.stderr, flush=True)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, catch)
+    return signals
+
+
+def print_results(results: list[dict[str, dict[str, float]]]):
+    """Prints the final test, a line for each agent: mean returns with their 95 % confidence intervals."""
+    print("final test" + "".join(f"{name.replace('_', ' '):>22}" for name in results[0]))
+    for number, result in enumerate(results, 1):
+        cells = [f"{each['mean']:.2f} +- {1.96 * each['standard_error']:.2f}" for each in result.values()]
+        print(f"agent {number:<4}" + "".join(f"{cell:>22}" for cell in cells))
+
+
+def fail(message: str):
+    """Ends the process over what the user did: one line, exit status 2."""
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args() -> Args:
+    """Reads the command line. What tyro says of a bad one, in a box of many lines, becomes one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, prog=Path(__file__).name, description=__doc__)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
+        message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
+        fail(message.split("; For full helptext")[0])
+
+
+def main(args: Args, signals=()):
+    """Trains. Once something is in `signals`, stops after the iteration under way."""
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        print("training on the CPU, which is slow: no CUDA device is used", flush=True)
+
+    run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        fail(f"cannot make the run folder {run_dir}: {error.strerror}")
+    if args.track:
+        import wandb
+
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+        wandb.init(**names, config=asdict(args), sync_tensorboard=True)
+
+    agents = [Agent(channels=args.channels).to(device) for _ in range(2)]
+    parameters = [parameter for agent in agents for parameter in agent.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5)
+    runners = [Runner(args, agent, i, run_dir / f"agent_{i + 1}", device) for i, agent in enumerate(agents)]
+    step = partial(minibatch_step, agents, optimizer, [runner.batch for runner in runners], args)
+
+    # Without a terminal, the bar is a line a minute.
+    lines = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{bar}{r_bar}\n"}
+    progress = tqdm(total=args.num_iterations * args.batch_size, unit="step", unit_scale=True, **lines)
+    start_time = time.time()
+    for iteration in range(1, args.num_iterations + 1):
+        global_step = iteration * args.batch_size
+        rewards, dones = rollout(*zip(*[(runner.policy, runner.envs, runner.data) for runner in runners]))
+        episodes = [runner.finish_rollout(*each) for runner, *each in zip(runners, rewards, dones)]
+        metrics = update(step, args, device)
+
+        sps = global_step / (time.time() - start_time)
+        for i, runner in enumerate(runners):
+            runner.log(metrics[i], episodes[i], global_step, sps)
+            if args.eval_interval and iteration % args.eval_interval == 0:
+                runner.test(global_step)
+        returns = "/".join(f"{runner.train_return:.2f}" for runner in runners)
+        test_returns = "/".join(f"{runner.test_return:.2f}" for runner in runners)
+        progress.set_postfix_str(f"return {returns}, test {test_returns}", refresh=False)
+        progress.update(args.batch_size)
+        if signals:
+            break
+    progress.close()
+
+    for runner in runners:
+        runner.save_agent()
+    if args.eval_interval and not signals:
+        results = [runner.final_test() for runner in runners]
+        print_results(results)
+        content = json.dumps({"args": asdict(args), "global_step": global_step, "agents": results}, indent=2)
+        write_file(run_dir / "final_test.json", lambda stream: stream.write(content.encode()))
+    for runner in runners:
+        runner.close()
+    print(f"{'stopped' if signals else 'finished'} after {global_step:,} steps: {run_dir}", flush=True)
+    if signals:
+        sys.exit(128 + signals[0])
+
+
+if __name__ == "__main__":
+    main(parse_args(), catch_signals())
