@@ -18,7 +18,9 @@ ppo_procgen.py differs from this file only in policy_loss, mdspo_procgen.py only
     python spo_procgen.py --env-id bigfish
 """
 
+import argparse
 import contextlib
+import fcntl
 import importlib.util
 import io
 import json
@@ -30,7 +32,7 @@ import signal
 import sys
 import time
 from collections import namedtuple
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +49,9 @@ from tqdm import tqdm
 MODES = {"easy": ENV_NAMES, "hard": ENV_NAMES}  # and their games: any other pair aborts inside Procgen
 MODES["extreme"] = ["chaser", "dodgeball", "leaper", "starpilot"]
 MODES["memory"] = ["caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"]
+# What may change when a run goes on.
+MAY_CHANGE = "total_timesteps eval_interval checkpoint_interval resume device num_env_threads".split()
+MAY_CHANGE += "torch_deterministic track wandb_project_name wandb_entity".split()
 
 
 @dataclass
@@ -73,6 +78,8 @@ class Args:
     eval_interval: int = 50  # iterations between tests on the full distribution, 0 for no tests
     num_eval_envs: int = 64  # test environments, one episode in each
     final_eval_episodes: int = 512  # episodes of the last test, on each kind of levels
+    checkpoint_interval: int = 50  # iterations between checkpoints; every 5 minutes there is one anyway
+    resume: str = ""  # run folder or checkpoint to go on from, or auto: the newest run of this name, if any
     device: str = "auto"  # cpu, cuda, cuda:N, or auto: CUDA where there is one
     num_env_threads: int = 0  # Procgen's threads, 0 for one a core
     torch_deterministic: bool = False  # only deterministic cuDNN algorithms
@@ -91,7 +98,7 @@ class Args:
         check(self.distribution_mode in modes, "distribution_mode", needs)
         check(re.fullmatch(r"[\w.+=-]+", self.exp_name), "exp_name", "must be of letters, digits and _.+=-")
         for names, low, high in (
-            ("num_envs num_steps num_minibatches update_epochs num_eval_envs", 1, 2**31 - 1),
+            ("num_envs num_steps num_minibatches update_epochs num_eval_envs checkpoint_interval", 1, 2**31),
             ("seed num_levels start_level eval_interval num_env_threads", 0, 2**31 - 1),
             ("final_eval_episodes", 2, 2**31 - 1),
             ("gamma gae_lambda", 0, 1),
@@ -111,9 +118,9 @@ class Args:
         check(self.minibatch_size >= 2, "num_minibatches", f"must be at most half of {batch}")
         check(self.num_iterations >= 1, "total_timesteps", f"must be at least {batch}")
 
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        check(re.fullmatch(r"cpu|cuda(:\d+)?", self.device), "device", "must be auto, cpu, cuda or cuda:N")
+        check(
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), "device", "must be auto, cpu, cuda or cuda:N"
+        )
         if self.device.startswith("cuda"):
             found, index = torch.cuda.device_count(), int(self.device[5:] or 0)
             needs = f"needs CUDA device {index}, and PyTorch finds {found}: auto or cpu would do"
@@ -167,7 +174,8 @@ def make_envs(args: Args, num: int, num_levels: int, start_level: int, rand_seed
 
     For other environments return an object with `num`, `act(int32 (num,))`, `close()` and `observe()`, which
     gives (reward float32 (num,), {"rgb": uint8 (num, 64, 64, 3)}, first bool (num,)). `first` says that the
-    observation begins an episode; the action -1 ends the episode under way.
+    observation begins an episode; the action -1 ends the episode under way. Checkpoints need `get_state()`,
+    which gives a list of bytes, and `set_state` of such a list.
     """
     levels = {"num_levels": num_levels, "start_level": start_level}
     options = {"distribution_mode": args.distribution_mode, "rand_seed": rand_seed, **levels}
@@ -206,7 +214,7 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma: float, gae
     advantages = torch.empty_like(values)
     advantage = torch.zeros_like(next_value)
     for step in reversed(range(len(rewards))):
-        next_nonterminal = 1.0 - next_done.float()
+        next_nonterminal = 1.0 - next_done.to(values.dtype)
         delta = rewards[step] + gamma * next_value * next_nonterminal - values[step]
         advantage = delta + gamma * gae_lambda * next_nonterminal * advantage
         advantages[step] = advantage
@@ -320,16 +328,14 @@ def evaluate(policy, envs, episodes_per_env: int, device) -> np.ndarray:
 class Runner:
     """One agent's side of a run: its environments, its data and its curves."""
 
-    def __init__(self, args: Args, agent: Agent, index: int, folder: Path, device):
+    def __init__(self, args: Args, agent: Agent, index: int, folder: Path, device, first_step: int):
         self.args, self.agent, self.folder, self.device = args, agent, folder, device
         self.policy = partial(act, agent)
-        seeds = np.random.default_rng([args.seed, index]).integers(2**31, size=3).tolist()
-        levels = (args.num_levels, args.start_level)
-        self.envs = make_envs(args, args.num_envs, *levels, seeds[0])
-        self.eval_envs = {
-            "training_levels": make_envs(args, args.num_eval_envs, *levels, seeds[1]),
-            "full_distribution": make_envs(args, args.num_eval_envs, 0, 0, seeds[2]),
-        }
+        levels, seeds = (args.num_levels, args.start_level), np.random.default_rng([args.seed, index])
+        train, test, train_level_test = seeds.integers(2**31, size=3).tolist()
+        self.envs = make_envs(args, args.num_envs, *levels, train)
+        self.test_envs = make_envs(args, args.num_eval_envs, 0, 0, test)
+        self.train_level_test_envs = make_envs(args, args.num_eval_envs, *levels, train_level_test)
         self.normalizer = RewardNormalizer(args.num_envs, args.gamma)
         self.episodes = np.zeros((2, args.num_envs))  # raw return and length of those under way
         self.train_return = self.test_return = math.nan  # as last logged
@@ -337,9 +343,9 @@ class Runner:
         obs, actions = zeros(64, 64, 3, dtype=torch.uint8), zeros(dtype=torch.int64)
         self.data = Batch(obs, actions, logprobs=zeros(), values=zeros(), advantages=zeros(), returns=zeros())
         self.batch = Batch(*(column[:-1].flatten(0, 1) for column in self.data))  # the same memory
-        self.writer = SummaryWriter(folder)
+        self.writer = SummaryWriter(folder, purge_step=first_step)  # hides what a killed process wrote later
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows)
+        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows, first_step)
 
     def finish_rollout(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         """Estimates advantages and returns after a rollout; rewards and dones are (num_steps + 1, num_envs).
@@ -357,67 +363,158 @@ class Runner:
             self.episodes[:, done] = 0
         return np.concatenate(ended, axis=1)
 
-    def log(self, metrics: list[float], episodes: np.ndarray, global_step: int, sps: float):
-        """Writes an iteration's curves; return and length are means over the episodes that ended in it."""
+    def log(self, metrics: list[float], episodes: np.ndarray, global_step: int, sps: float, test: bool):
+        """Writes an iteration's curves: return and length are means over the episodes that ended in it, the
+        test return is the mean of one episode in each test environment."""
         scalars = {f"losses/{name}": value for name, value in zip(METRICS, metrics)}
         residual = (self.batch.returns - self.batch.values).var() / self.batch.returns.var()
         scalars["losses/explained_variance"] = 1 - residual.item()
         scalars |= {"charts/learning_rate": self.args.learning_rate, "charts/SPS": sps}
         if episodes.size:
-            self.train_return, scalars["charts/episodic_length"] = episodes.mean(1)
+            self.train_return, scalars["charts/episodic_length"] = episodes.mean(1).tolist()
             scalars["charts/episodic_return"] = self.train_return
+        if test:
+            self.test_return = evaluate(self.policy, self.test_envs, 1, self.device).mean().item()
+            scalars["charts/test_episodic_return"] = self.test_return
+            scalars["charts/generalization_gap"] = self.train_return - self.test_return
         for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, global_step)
-
-    def test(self, global_step: int):
-        """Writes the mean return of an episode in each test environment, and its gap to training."""
-        self.test_return = evaluate(self.policy, self.eval_envs["full_distribution"], 1, self.device).mean()
-        self.writer.add_scalar("charts/test_episodic_return", self.test_return, global_step)
-        gap = self.train_return - self.test_return
-        if not math.isnan(gap):
-            self.writer.add_scalar("charts/generalization_gap", gap, global_step)
+            if not math.isnan(value):
+                self.writer.add_scalar(tag, value, global_step)
 
     def final_test(self) -> dict[str, dict[str, float]]:
         """Mean raw return with its standard error on both kinds of levels, and their difference."""
-        result = {}
-        for levels, envs in self.eval_envs.items():
-            returns = evaluate(self.policy, envs, -(-self.args.final_eval_episodes // envs.num), self.device)
+        result, episodes_per_env = {}, -(-self.args.final_eval_episodes // self.args.num_eval_envs)
+        levels = {"training_levels": self.train_level_test_envs, "full_distribution": self.test_envs}
+        for name, envs in levels.items():
+            returns = evaluate(self.policy, envs, episodes_per_env, self.device)
             error = returns.std(ddof=1) / len(returns) ** 0.5
-            result[levels] = {"mean": returns.mean(), "standard_error": error, "episodes": len(returns)}
+            result[name] = {"mean": returns.mean(), "standard_error": error, "episodes": len(returns)}
         train, test = result.values()
         error = math.hypot(train["standard_error"], test["standard_error"])
-        result["generalization_gap"] = {"mean": train["mean"] - test["mean"], "standard_error": error}
-        return result
+        return result | {
+            "generalization_gap": {"mean": train["mean"] - test["mean"], "standard_error": error}
+        }
 
     def save_agent(self):
         """Writes agent.pt: the weights, the script and its Args, for torch.load(..., weights_only=True)."""
         weights = {name: weight.cpu() for name, weight in self.agent.state_dict().items()}
         content = {"script": Path(__file__).stem, "args": asdict(self.args), "agent": weights}
-        write_file(self.folder / "agent.pt", partial(torch.save, content))
+        write_file(self.folder / "agent.pt", content)
+
+    def state_dict(self) -> dict:
+        """What this side of a run goes on from, in types that weights_only loads."""
+        return {
+            "agent": self.agent.state_dict(),
+            "envs": [self.envs.get_state(), self.test_envs.get_state()],
+            "reward_statistics": {name: float(x) for name, x in vars(self.normalizer.statistics).items()},
+            "arrays": [self.normalizer.returns.tolist(), self.episodes.tolist()],
+            "returns": [self.train_return, self.test_return],
+        }
+
+    def load_state_dict(self, state: dict):
+        self.agent.load_state_dict(state["agent"])
+        self.envs.set_state(state["envs"][0])
+        self.test_envs.set_state(state["envs"][1])
+        vars(self.normalizer.statistics).update(state["reward_statistics"])
+        self.normalizer.returns, self.episodes = map(np.array, state["arrays"])
+        self.train_return, self.test_return = state["returns"]
 
     def close(self):
         self.writer.close()
-        for envs in (self.envs, *self.eval_envs.values()):
+        for envs in (self.envs, self.test_envs, self.train_level_test_envs):
             envs.close()
 
 
-def write_file(path: Path, write):
-    """Makes a file of what `write` writes into a binary stream, whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as stream:
-        write(stream)
-    unfinished.replace(path)
+def fail(message: str):
+    """Ends the process over something that its user can mend: one line, exit status 2."""
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def write_file(path: Path, content):
+    """Writes a string, or torch.save of anything else: the whole file, or what was there before stays."""
+    stream = io.BytesIO()
+    stream.write(content.encode()) if isinstance(content, str) else torch.save(content, stream)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(stream.getvalue())
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        fail(f"cannot write {path}, which stays as it was: {error.strerror}")
+
+
+def save_checkpoint(path: Path, args: Args, iteration: int, optimizer, runners: list[Runner]):
+    for runner in runners:
+        runner.writer.flush()  # no curve on disk ends before the checkpoint does
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    generators = [random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state(), cuda]
+    content = {"format": 1, "script": Path(__file__).stem, "args": asdict(args), "iteration": iteration}
+    content |= {"runners": [runner.state_dict() for runner in runners], "generators": generators}
+    write_file(path, content | {"optimizer": optimizer.state_dict()["state"]})
+
+
+def load_checkpoint(content: dict, optimizer, runners: list[Runner]):
+    for runner, state in zip(runners, content["runners"]):
+        runner.load_state_dict(state)
+    groups = optimizer.state_dict()["param_groups"]  # what this device needs, not the one before
+    optimizer.load_state_dict({"state": content["optimizer"], "param_groups": groups})
+    python, numpy, cpu, cuda = content["generators"]
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+
+
+def find_checkpoint(args) -> Path | None:
+    """The file that --resume means, None for a new run. Reads resume, env_id, exp_name and seed of args."""
+    if args.resume == "auto":
+        runs = Path("runs").glob(f"{args.env_id}__{args.exp_name}__{args.seed}__*/checkpoint.pt")
+        return max(runs, key=os.path.getmtime, default=None)
+    path = Path(args.resume)
+    return (path / "checkpoint.pt" if path.is_dir() else path) if args.resume else None
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint.pt of this script; the end of the process if it is anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        script, version = content["script"], content["format"]
+    except Exception as error:  # torch has many names for a file that is cut short, or no checkpoint, or code
+        reason = getattr(error, "strerror", None) or "it is damaged, or no checkpoint"
+        fail(f"--resume needs a run folder or its checkpoint.pt, and cannot read {path}: {reason}")
+    if script != Path(__file__).stem or version != 1:
+        fail(f"--resume: {path} is of {script}.py, format {version}; this is {Path(__file__).name}, format 1")
+    return content
+
+
+def open_run(args: Args) -> tuple[Path, dict, object]:
+    """Makes or finds the run folder and locks it. Returns its checkpoint, path and content, and the lock."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    path = find_checkpoint(args) or Path("runs", name, "checkpoint.pt")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = (path.parent / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        busy = "another process is at work in it"
+        fail(f"run folder {path.parent}: {busy if isinstance(error, BlockingIOError) else error.strerror}")
+    return path, read_checkpoint(path) if find_checkpoint(args) else {}, lock
 
 
 def catch_signals() -> list[int]:
     """The list that SIGINT and SIGTERM go to, for main to stop at the next good place; a second one kills."""
-    signals = []
 
     def catch(signum, frame):
         signals.append(signum)
         signal.signal(signum, signal.SIG_DFL)
         print("\nstopping after this iteration; once more stops at once", file=sys.stderr, flush=True)
 
+    signals = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, catch)
     return signals
@@ -431,24 +528,28 @@ def print_results(results: list[dict[str, dict[str, float]]]):
         print(f"agent {number:<4}" + "".join(f"{cell:>22}" for cell in cells))
 
 
-def fail(message: str):
-    """Ends the process over what the user did: one line, exit status 2."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def parse_args() -> Args:
-    """Reads the command line. What tyro says of a bad one, in a box of many lines, becomes one line."""
+    """Reads the command line, on top of the settings of the run to resume. What tyro says of a bad one, in a
+    box of many lines, becomes one line."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("resume", "env_id", "exp_name", "seed"):
+        first.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="?", default=getattr(Args, name))
+    path = find_checkpoint(first.parse_known_args()[0])
+    saved = read_checkpoint(path)["args"] | {"device": "auto", "resume": str(path)} if path else {}
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, prog=Path(__file__).name, description=__doc__)
+            args = tyro.cli(Args, prog=Path(__file__).name, description=__doc__, default=Args(**saved))
     except SystemExit as stop:
         if not stop.code:
             raise
         text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
         message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
         fail(message.split("; For full helptext")[0])
+    for name, value in saved.items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} must stay {value}, as in {path}: leave it out")
+    return replace(args, resume=str(path or ""))
 
 
 def main(args: Args, signals=()):
@@ -458,45 +559,54 @@ def main(args: Args, signals=()):
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
-    device = torch.device(args.device)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
     if device.type == "cpu":
         print("training on the CPU, which is slow: no CUDA device is used", flush=True)
-
-    run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        fail(f"cannot make the run folder {run_dir}: {error.strerror}")
+    path, checkpoint, _lock = open_run(args)
+    args, run_dir, done = replace(args, resume=""), path.parent, checkpoint.get("iteration", 0)
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
-        wandb.init(**names, config=asdict(args), sync_tensorboard=True)
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_dir.name}
+        wandb.init(**names, name=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
 
     agent = Agent(channels=args.channels).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-    runners = [Runner(args, agent, 0, run_dir, device)]
+    runners = [Runner(args, agent, 0, run_dir, device, done * args.batch_size + 1)]
     step = partial(minibatch_step, agent, optimizer, runners[0].batch, args)
+    if checkpoint:
+        load_checkpoint(checkpoint, optimizer, runners)
+    else:
+        save_checkpoint(path, args, 0, optimizer, runners)
 
     # Without a terminal, the bar is a line a minute.
     lines = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{bar}{r_bar}\n"}
-    progress = tqdm(total=args.num_iterations * args.batch_size, unit="step", unit_scale=True, **lines)
+    steps = {"initial": done * args.batch_size, "total": args.num_iterations * args.batch_size}
+    progress = tqdm(**steps, unit="step", unit_scale=True, **lines)
     start_time = time.time()
-    for iteration in range(1, args.num_iterations + 1):
+    saved, saved_time = done, start_time
+    for iteration in range(done + 1, args.num_iterations + 1):
         global_step = iteration * args.batch_size
         rewards, dones = rollout(*zip(*[(runner.policy, runner.envs, runner.data) for runner in runners]))
         episodes = [runner.finish_rollout(*each) for runner, *each in zip(runners, rewards, dones)]
         metrics = update(step, args, device)
 
-        sps = global_step / (time.time() - start_time)
+        for i, j in np.argwhere(~np.isfinite(metrics)):
+            what = f"{METRICS[j]} of agent {i + 1} is {metrics[i][j]} in iteration {iteration}"
+            fail(f"{what}; the last good checkpoint is of iteration {saved}: --resume {run_dir}")
+        sps = (iteration - done) * args.batch_size / (time.time() - start_time)
+        test = args.eval_interval > 0 and iteration % args.eval_interval == 0
         for i, runner in enumerate(runners):
-            runner.log(metrics[i], episodes[i], global_step, sps)
-            if args.eval_interval and iteration % args.eval_interval == 0:
-                runner.test(global_step)
+            runner.log(metrics[i], episodes[i], global_step, sps, test)
         returns = "/".join(f"{runner.train_return:.2f}" for runner in runners)
         test_returns = "/".join(f"{runner.test_return:.2f}" for runner in runners)
         progress.set_postfix_str(f"return {returns}, test {test_returns}", refresh=False)
         progress.update(args.batch_size)
+        last = signals or iteration == args.num_iterations
+        if last or iteration % args.checkpoint_interval == 0 or time.time() > saved_time + 300:
+            save_checkpoint(path, args, iteration, optimizer, runners)
+            saved, saved_time = iteration, time.time()
         if signals:
             break
     progress.close()
@@ -506,13 +616,18 @@ def main(args: Args, signals=()):
     if args.eval_interval and not signals:
         results = [runner.final_test() for runner in runners]
         print_results(results)
-        content = json.dumps({"args": asdict(args), "global_step": global_step, "agents": results}, indent=2)
-        write_file(run_dir / "final_test.json", lambda stream: stream.write(content.encode()))
+        content = {
+            "args": asdict(args),
+            "global_step": args.num_iterations * args.batch_size,
+            "agents": results,
+        }
+        write_file(run_dir / "final_test.json", json.dumps(content, indent=2))
     for runner in runners:
         runner.close()
-    print(f"{'stopped' if signals else 'finished'} after {global_step:,} steps: {run_dir}", flush=True)
     if signals:
+        print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}", flush=True)
         sys.exit(128 + signals[0])
+    print(f"finished: {run_dir}", flush=True)
 
 
 if __name__ == "__main__":
