@@ -50,9 +50,8 @@ from tqdm import tqdm
 MODES = {"easy": ENV_NAMES, "hard": ENV_NAMES}  # and their games: any other pair aborts inside Procgen
 MODES["extreme"] = ["chaser", "dodgeball", "leaper", "starpilot"]
 MODES["memory"] = ["caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"]
-# What may change when a run goes on.
 MAY_CHANGE = "total_timesteps eval_interval checkpoint_interval resume device num_env_threads".split()
-MAY_CHANGE += "torch_deterministic track wandb_project_name wandb_entity".split()
+MAY_CHANGE += "torch_deterministic track wandb_project_name wandb_entity".split()  # when a run goes on
 
 
 @dataclass
@@ -132,14 +131,13 @@ class Args:
         check(has_wandb or not self.track, "track", "needs wandb: `pip install wandb`, or leave it out")
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(nn.Sequential):
     def __init__(self, channels: int):
-        super().__init__()
-        self.conv_1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.conv_2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        convs = [nn.Conv2d(channels, channels, kernel_size=3, padding=1) for _ in range(2)]
+        super().__init__(nn.ReLU(), convs[0], nn.ReLU(), convs[1])
 
     def forward(self, x):
-        return x + self.conv_2(self.conv_1(x.relu()).relu())
+        return x + super().forward(x)
 
 
 class Agent(nn.Module):
@@ -209,11 +207,9 @@ Batch = namedtuple("Batch", "obs actions logprobs values advantages returns")
 
 
 def compute_gae(rewards, values, dones, next_value, next_done, gamma: float, gae_lambda: float):
-    """Generalized advantage estimation (Schulman et al. 2016).
-
-    All (num_steps, num_envs), next_* (num_envs,). rewards[t] is for the action at obs[t], normalised;
-    dones[t] says that obs[t] begins an episode. Returns advantages and returns, of the shape of values.
-    """
+    """Generalized advantage estimation (Schulman et al. 2016). All (num_steps, num_envs), next_* (num_envs,).
+    rewards[t] is for the action at obs[t], normalised; dones[t] says that obs[t] begins an episode. Returns
+    advantages and returns, of the shape of values."""
     advantages = torch.empty_like(values)
     advantage = torch.zeros_like(next_value)
     for step in reversed(range(len(rewards))):
@@ -248,10 +244,8 @@ METRICS += "mutual_kl grad_norm".split()  # a row of what minibatch_step returns
 
 
 def rl_loss(logits, new_values, mb: Batch, args: Args):
-    """policy_loss + vf_coef value_loss - ent_coef entropy, a scalar, and the first seven METRICS.
-
-    logits (B, num_actions) and new_values (B,) are what the network now says of the minibatch.
-    """
+    """policy_loss + vf_coef value_loss - ent_coef entropy, and the first seven METRICS, from what the network
+    now says of the minibatch: logits (B, num_actions) and new_values (B,). All scalars."""
     logprobs = logits.log_softmax(-1)
     log_ratio = logprobs.gather(-1, mb.actions[:, None]).squeeze(-1) - mb.logprobs
     ratio = log_ratio.exp()
@@ -277,10 +271,8 @@ def act(agent: Agent, obs):
 
 def rollout(policies, envs, data):
     """Plays num_steps steps in groups of environments, each with its policy (`act`, of obs alone) and the
-    Batch to fill. One group steps in the background while the network acts for the next.
-
-    Returns for each group what came with obs: raw rewards float32 and dones bool, (num_steps + 1, num).
-    """
+    Batch to fill. One group steps in the background while the network acts for the next. Returns for each
+    group what came with obs: raw rewards float32 and dones bool, (num_steps + 1, num)."""
     num_steps = len(data[0].obs) - 1
     rewards = [np.empty((num_steps + 1, group.num), np.float32) for group in envs]
     dones = [np.empty((num_steps + 1, group.num), bool) for group in envs]
@@ -329,8 +321,7 @@ def update(step, args: Args, device):
 def evaluate(policy, envs, episodes_per_env: int, device) -> np.ndarray:
     """Raw returns of the first episodes_per_env whole episodes of each environment, so that short ones do not
     win: (episodes_per_env * envs.num,). The levels go on where the last test left them."""
-    episodes = [[] for _ in range(envs.num)]
-    returns = np.zeros(envs.num)
+    episodes, returns = [[] for _ in range(envs.num)], np.zeros(envs.num)
     envs.act(np.full(envs.num, -1, np.int32))  # ends what the last test left unfinished
     _, obs, _ = envs.observe()
     while min(map(len, episodes)) < episodes_per_env:
@@ -347,14 +338,14 @@ def evaluate(policy, envs, episodes_per_env: int, device) -> np.ndarray:
 class Runner:
     """One agent's side of a run: its environments, its data and its curves."""
 
-    def __init__(self, args: Args, agent: Agent, index: int, folder: Path, device, first_step: int):
+    def __init__(self, args: Args, agent: Agent, index: int, folder: Path, device, first_step: int = 1):
         self.args, self.agent, self.folder, self.device = args, agent, folder, device
         self.policy = partial(act, agent)
         levels, seeds = (args.num_levels, args.start_level), np.random.default_rng([args.seed, index])
-        train, test, train_level_test = seeds.integers(2**31, size=3).tolist()
+        train, train_level_test, test = seeds.integers(2**31, size=3).tolist()
         self.envs = make_envs(args, args.num_envs, *levels, train)
-        self.test_envs = make_envs(args, args.num_eval_envs, 0, 0, test)
         self.train_level_test_envs = make_envs(args, args.num_eval_envs, *levels, train_level_test)
+        self.test_envs = make_envs(args, args.num_eval_envs, 0, 0, test)
         self.normalizer = RewardNormalizer(args.num_envs, args.gamma)
         self.episodes = np.zeros((2, args.num_envs))  # raw return and length of those under way
         self.train_return = self.test_return = math.nan  # as last logged
@@ -410,9 +401,8 @@ class Runner:
             result[name] = {"mean": returns.mean(), "standard_error": error, "episodes": len(returns)}
         train, test = result.values()
         error = math.hypot(train["standard_error"], test["standard_error"])
-        return result | {
-            "generalization_gap": {"mean": train["mean"] - test["mean"], "standard_error": error}
-        }
+        gap = {"mean": train["mean"] - test["mean"], "standard_error": error}
+        return result | {"generalization_gap": gap}
 
     def save_agent(self):
         """Writes agent.pt: the weights, the script and its Args, for torch.load(..., weights_only=True)."""
@@ -477,14 +467,16 @@ def save_checkpoint(path: Path, args: Args, iteration: int, optimizer, runners: 
 
 
 def load_checkpoint(content: dict, optimizer, runners: list[Runner]):
-    for runner, state in zip(runners, content["runners"]):
-        runner.load_state_dict(state)
+    try:
+        for runner, state in zip(runners, content["runners"], strict=True):
+            runner.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as error:  # other settings than those that it names
+        fail(f"--resume: the checkpoint does not fit its settings: {str(error).splitlines()[0]}")
     groups = optimizer.state_dict()["param_groups"]  # what this device needs, not the one before
     optimizer.load_state_dict({"state": content["optimizer"], "param_groups": groups})
-    python, numpy, cpu, cuda = content["generators"]
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
+    *generators, cuda = content["generators"]
+    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), generators):
+        restore(state)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
 
@@ -494,15 +486,14 @@ def find_checkpoint(args) -> Path | None:
     if args.resume == "auto":
         runs = Path("runs").glob(f"{args.env_id}__{args.exp_name}__{args.seed}__*/checkpoint.pt")
         return max(runs, key=os.path.getmtime, default=None)
-    path = Path(args.resume)
-    return (path / "checkpoint.pt" if path.is_dir() else path) if args.resume else None
+    return Path(args.resume, "checkpoint.pt" * Path(args.resume).is_dir()) if args.resume else None
 
 
 def read_checkpoint(path: Path) -> dict:
     """The content of a checkpoint.pt of this script; the end of the process if it is anything else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        script, version = content["script"], content["format"]
+        script, version, _, _ = (content[key] for key in ("script", "format", "args", "iteration"))
     except Exception as error:  # torch has many names for a file that is cut short, or no checkpoint, or code
         reason = getattr(error, "strerror", None) or "it is damaged, or no checkpoint"
         fail(f"--resume needs a run folder or its checkpoint.pt, and cannot read {path}: {reason}")
@@ -514,7 +505,8 @@ def read_checkpoint(path: Path) -> dict:
 def open_run(args: Args) -> tuple[Path, dict, object]:
     """Makes or finds the run folder and locks it. Returns its checkpoint, path and content, and the lock."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    path = find_checkpoint(args) or Path("runs", name, "checkpoint.pt")
+    found = find_checkpoint(args)
+    path = found or Path("runs", name, "checkpoint.pt")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = (path.parent / ".lock").open("w")
@@ -522,20 +514,20 @@ def open_run(args: Args) -> tuple[Path, dict, object]:
     except OSError as error:
         busy = "another process is at work in it"
         fail(f"run folder {path.parent}: {busy if isinstance(error, BlockingIOError) else error.strerror}")
-    return path, read_checkpoint(path) if find_checkpoint(args) else {}, lock
+    return path, read_checkpoint(found) if found else {}, lock
 
 
 def catch_signals() -> list[int]:
     """The list that SIGINT and SIGTERM go to, for main to stop at the next good place; a second one kills."""
+    signals = []
 
     def catch(signum, frame):
         signals.append(signum)
         signal.signal(signum, signal.SIG_DFL)
         print("\nstopping after this iteration; once more stops at once", file=sys.stderr, flush=True)
 
-    signals = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, catch)
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
     return signals
 
 
@@ -565,6 +557,8 @@ def parse_args() -> Args:
         text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
         message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
         fail(message.split("; For full helptext")[0])
+    except (TypeError, ValueError) as error:
+        fail(f"--resume: the settings in {path} do not work here: {error}")
     for name, value in saved.items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} must stay {value}, as in {path}: leave it out")
@@ -573,17 +567,17 @@ def parse_args() -> Args:
 
 def main(args: Args, signals=()):
     """Trains. Once something is in `signals`, stops after the iteration under way."""
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(args.device.replace("auto", best))
     if device.type == "cpu":
         print("training on the CPU, which is slow: no CUDA device is used", flush=True)
     path, checkpoint, _lock = open_run(args)
     args, run_dir, done = replace(args, resume=""), path.parent, checkpoint.get("iteration", 0)
+    first_step = done * args.batch_size + 1
     if args.track:
         import wandb
 
@@ -591,12 +585,8 @@ def main(args: Args, signals=()):
         wandb.init(**names, name=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
 
     agents = [Agent(channels=args.channels).to(device) for _ in range(2)]
-    parameters = [parameter for agent in agents for parameter in agent.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5)
-    runners = [
-        Runner(args, agent, i, run_dir / f"agent_{i + 1}", device, done * args.batch_size + 1)
-        for i, agent in enumerate(agents)
-    ]
+    optimizer = torch.optim.Adam(nn.ModuleList(agents).parameters(), lr=args.learning_rate, eps=1e-5)
+    runners = [Runner(args, agents[i], i, run_dir / f"agent_{i + 1}", device, first_step) for i in range(2)]
     step = partial(minibatch_step, agents, optimizer, [runner.batch for runner in runners], args)
     if checkpoint:
         load_checkpoint(checkpoint, optimizer, runners)
@@ -605,10 +595,9 @@ def main(args: Args, signals=()):
 
     # Without a terminal, the bar is a line a minute.
     lines = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{bar}{r_bar}\n"}
-    steps = {"initial": done * args.batch_size, "total": args.num_iterations * args.batch_size}
-    progress = tqdm(**steps, unit="step", unit_scale=True, **lines)
-    start_time = time.time()
-    saved, saved_time = done, start_time
+    saved, global_step, start_time = done, done * args.batch_size, time.time()
+    saved_time, total = start_time, args.num_iterations * args.batch_size
+    progress = tqdm(initial=global_step, total=total, unit="step", unit_scale=True, **lines)
     for iteration in range(done + 1, args.num_iterations + 1):
         global_step = iteration * args.batch_size
         rewards, dones = rollout(*zip(*[(runner.policy, runner.envs, runner.data) for runner in runners]))
@@ -622,12 +611,11 @@ def main(args: Args, signals=()):
         test = args.eval_interval > 0 and iteration % args.eval_interval == 0
         for i, runner in enumerate(runners):
             runner.log(metrics[i], episodes[i], global_step, sps, test)
-        returns = "/".join(f"{runner.train_return:.2f}" for runner in runners)
-        test_returns = "/".join(f"{runner.test_return:.2f}" for runner in runners)
-        progress.set_postfix_str(f"return {returns}, test {test_returns}", refresh=False)
+        status = "/".join(f"{runner.train_return:.2f} (test {runner.test_return:.2f})" for runner in runners)
+        progress.set_postfix_str(f"return {status}", refresh=False)
         progress.update(args.batch_size)
-        last = signals or iteration == args.num_iterations
-        if last or iteration % args.checkpoint_interval == 0 or time.time() > saved_time + 300:
+        due = iteration % args.checkpoint_interval == 0 or time.time() > saved_time + 300
+        if due or signals or iteration == args.num_iterations:
             save_checkpoint(path, args, iteration, optimizer, runners)
             saved, saved_time = iteration, time.time()
         if signals:
@@ -639,18 +627,16 @@ def main(args: Args, signals=()):
     if args.eval_interval and not signals:
         results = [runner.final_test() for runner in runners]
         print_results(results)
-        content = {
-            "args": asdict(args),
-            "global_step": args.num_iterations * args.batch_size,
-            "agents": results,
-        }
+        content = {"args": asdict(args), "global_step": global_step, "agents": results}
         write_file(run_dir / "final_test.json", json.dumps(content, indent=2))
     for runner in runners:
         runner.close()
     if signals:
-        print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}", flush=True)
+        print(
+            f"stopped after {global_step:,} steps; to go on: python {Path(__file__).name} --resume {run_dir}"
+        )
         sys.exit(128 + signals[0])
-    print(f"finished: {run_dir}", flush=True)
+    print(f"finished after {global_step:,} steps: {run_dir}")
 
 
 if __name__ == "__main__":

@@ -114,9 +114,12 @@ def test_cuda_without_cuda(script, rejection, monkeypatch, device):
     assert "--device" in message and device in message and "cpu" in message
 
 
-def test_device_is_the_cpu_without_cuda(script, monkeypatch):
+def test_device_is_the_cpu_without_cuda(script, monkeypatch, tmp_path, capsys):
+    """And says so, as the first line."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert script.Args().device == "cpu"
+    monkeypatch.chdir(tmp_path)
+    script.main(script.Args(**(TINY | {"device": "auto", "total_timesteps": 64, "eval_interval": 0})))
+    assert capsys.readouterr().out.startswith("training on the CPU, which is slow")
 
 
 def test_track_without_wandb(script, rejection, monkeypatch):

@@ -107,7 +107,7 @@ def test_only_the_run_folder_is_written(finished):
     kinds = {re.sub(r"tfevents.*", "tfevents", file) for file in files}
     prefixes = ["agent_1/", "agent_2/"] if finished.name in MUTUAL else [""]
     per_agent = {prefix + file for prefix in prefixes for file in ("agent.pt", "events.out.tfevents")}
-    assert kinds - {"checkpoint.pt"} == {"final_test.json", *per_agent}
+    assert kinds == {".lock", "checkpoint.pt", "final_test.json", *per_agent}
 
 
 def test_tags(finished):
@@ -294,7 +294,11 @@ def test_signal(name, signum, tmp_path):
         process.kill()
     assert process.returncode == 128 + signum
     assert "stopping after this iteration" in err and "Traceback" not in err
-    steps = int(re.fullmatch(r"stopped after ([\d,]+) steps: runs/\S+\n", out)[1].replace(",", ""))
+    steps = int(
+        re.match(r"stopped after ([\d,]+) steps; to go on: python \w+.py --resume runs/", out)[1].replace(
+            ",", ""
+        )
+    )
     assert steps > 0 and steps % BATCH_SIZE == 0
     run_dir = run_folder(tmp_path / "work")
     assert not (run_dir / "final_test.json").exists()

@@ -71,7 +71,8 @@ def test_the_diffs_are_short(one, other, most):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_script_is_longer_than_550_lines(name):
-    assert len(source(name).splitlines()) <= 550
+    """Of text: empty lines, which the formatter sets, do not count."""
+    assert len([line for line in source(name).splitlines() if line.strip()]) <= 550
 
 
 def pins(text: str) -> set[str]:
