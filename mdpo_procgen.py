@@ -21,6 +21,7 @@ ppo_procgen.py is the same without a peer, mdspo_procgen.py differs from this fi
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import importlib.util
 import io
@@ -200,9 +201,8 @@ class RewardNormalizer:
         return normalized.clip(-10, 10)
 
 
-# The data of an update. obs is uint8 (..., 64, 64, 3), actions int64, the rest float32; values, advantages
-# and returns are in units of the normalised reward. The leading dimensions are (num_steps + 1, num_envs) in a
-# rollout, whose last row only bootstraps, then (batch_size,), then (minibatch_size,).
+# obs are uint8 (..., 64, 64, 3), actions int64; values, advantages and returns are in units of the normalised
+# reward. A rollout's leading dimensions are (num_steps + 1, num_envs); its last row only bootstraps.
 Batch = namedtuple("Batch", "obs actions logprobs values advantages returns")
 
 
@@ -289,8 +289,7 @@ def rollout(policies, envs, data):
 def minibatch_step(agents: list[Agent], optimizer, batches: list[Batch], args: Args, mb_inds):
     """One gradient step on the rows mb_inds of both batches. Returns METRICS, a row for each agent."""
     mbs = [Batch(*(column[mb_inds] for column in batch)) for batch in batches]
-    obs = torch.cat([mb.obs for mb in mbs])
-    outputs = [agent(obs) for agent in agents]  # each agent on both minibatches
+    outputs = [agent(torch.cat([mb.obs for mb in mbs])) for agent in agents]  # on both minibatches
     loss, metrics = 0.0, []
     for i, mb in enumerate(mbs):
         rows = slice(i * len(mb.obs), (i + 1) * len(mb.obs))
@@ -319,8 +318,8 @@ def update(step, args: Args, device):
 
 
 def evaluate(policy, envs, episodes_per_env: int, device) -> np.ndarray:
-    """Raw returns of the first episodes_per_env whole episodes of each environment, so that short ones do not
-    win: (episodes_per_env * envs.num,). The levels go on where the last test left them."""
+    """Raw returns of each environment's first whole episodes, so that short ones do not win, of shape
+    (episodes_per_env * envs.num,). The levels go on where the last test left them."""
     episodes, returns = [[] for _ in range(envs.num)], np.zeros(envs.num)
     envs.act(np.full(envs.num, -1, np.int32))  # ends what the last test left unfinished
     _, obs, _ = envs.observe()
@@ -374,15 +373,14 @@ class Runner:
         return np.concatenate(ended, axis=1)
 
     def log(self, metrics: list[float], episodes: np.ndarray, global_step: int, sps: float, test: bool):
-        """Writes an iteration's curves: return and length are means over the episodes that ended in it, the
-        test return is the mean of one episode in each test environment."""
+        """Writes an iteration's curves, return and length being means over the episodes that ended in it."""
         scalars = {f"losses/{name}": value for name, value in zip(METRICS, metrics)}
         residual = (self.batch.returns - self.batch.values).var() / self.batch.returns.var()
         scalars["losses/explained_variance"] = 1 - residual.item()
         scalars |= {"charts/learning_rate": self.args.learning_rate, "charts/SPS": sps}
         if episodes.size:
-            self.train_return, scalars["charts/episodic_length"] = episodes.mean(1).tolist()
-            scalars["charts/episodic_return"] = self.train_return
+            scalars["charts/episodic_return"], scalars["charts/episodic_length"] = episodes.mean(1).tolist()
+            self.train_return = scalars["charts/episodic_return"]
         if test:
             self.test_return = evaluate(self.policy, self.test_envs, 1, self.device).mean().item()
             scalars["charts/test_episodic_return"] = self.test_return
@@ -540,8 +538,7 @@ def print_results(results: list[dict[str, dict[str, float]]]):
 
 
 def parse_args() -> Args:
-    """Reads the command line, on top of the settings of the run to resume. What tyro says of a bad one, in a
-    box of many lines, becomes one line."""
+    """Reads the command line, over the settings of a run to resume; tyro's box of errors becomes a line."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("resume", "env_id", "exp_name", "seed"):
         first.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="?", default=getattr(Args, name))
@@ -571,10 +568,12 @@ def main(args: Args, signals=()):
         seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(args.device.replace("auto", best))
+    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
         print("training on the CPU, which is slow: no CUDA device is used", flush=True)
+    if sys.platform == "linux":  # glibc keeps what is freed: to give big buffers back takes most of the time
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, 2**30)
     path, checkpoint, _lock = open_run(args)
     args, run_dir, done = replace(args, resume=""), path.parent, checkpoint.get("iteration", 0)
     first_step = done * args.batch_size + 1
@@ -582,7 +581,7 @@ def main(args: Args, signals=()):
         import wandb
 
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_dir.name}
-        wandb.init(**names, name=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True)
 
     agents = [Agent(channels=args.channels).to(device) for _ in range(2)]
     optimizer = torch.optim.Adam(nn.ModuleList(agents).parameters(), lr=args.learning_rate, eps=1e-5)
@@ -593,11 +592,11 @@ def main(args: Args, signals=()):
     else:
         save_checkpoint(path, args, 0, optimizer, runners)
 
-    # Without a terminal, the bar is a line a minute.
-    lines = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{bar}{r_bar}\n"}
+    line_a_minute = {"mininterval": 60, "bar_format": "{l_bar}{bar}{r_bar}\n"}
+    style = {} if sys.stderr.isatty() else line_a_minute
     saved, global_step, start_time = done, done * args.batch_size, time.time()
     saved_time, total = start_time, args.num_iterations * args.batch_size
-    progress = tqdm(initial=global_step, total=total, unit="step", unit_scale=True, **lines)
+    progress = tqdm(initial=global_step, total=total, unit="step", unit_scale=True, **style)
     for iteration in range(done + 1, args.num_iterations + 1):
         global_step = iteration * args.batch_size
         rewards, dones = rollout(*zip(*[(runner.policy, runner.envs, runner.data) for runner in runners]))
@@ -632,12 +631,13 @@ def main(args: Args, signals=()):
     for runner in runners:
         runner.close()
     if signals:
-        print(
-            f"stopped after {global_step:,} steps; to go on: python {Path(__file__).name} --resume {run_dir}"
-        )
+        print(f"stopped after {global_step:,} steps; to go on: --resume {run_dir}", flush=True)
         sys.exit(128 + signals[0])
     print(f"finished after {global_step:,} steps: {run_dir}")
 
 
 if __name__ == "__main__":
-    main(parse_args(), catch_signals())
+    try:
+        main(parse_args(), catch_signals())
+    except OSError as error:  # a full disk, above all; the checkpoint before is whole
+        fail(f"{error.filename or 'cannot write the curves'}: {error.strerror}")
