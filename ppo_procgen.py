@@ -96,10 +96,14 @@ class Args:
         modes = [mode for mode, games in MODES.items() if self.env_id in games]
         needs = f"must be {' or '.join(modes)} for {self.env_id}"
         check(self.distribution_mode in modes, "distribution_mode", needs)
-        check(re.fullmatch(r"[\w.+=-]+", self.exp_name), "exp_name", "must be of letters, digits and _.+=-")
+        check(
+            re.fullmatch(r"[\w.+=-]{1,99}", self.exp_name), "exp_name", "must be 1 to 99 of a-z, 0-9, _.+=-"
+        )
         for names, low, high in (
-            ("num_envs num_steps num_minibatches update_epochs num_eval_envs checkpoint_interval", 1, 2**31),
-            ("seed num_levels start_level eval_interval num_env_threads", 0, 2**31 - 1),
+            ("num_steps num_minibatches update_epochs checkpoint_interval", 1, 2**31 - 1),
+            ("seed num_levels start_level eval_interval", 0, 2**31 - 1),
+            ("num_envs num_eval_envs", 1, 2**16),
+            ("num_env_threads", 0, 2**10),
             ("final_eval_episodes", 2, 2**31 - 1),
             ("gamma gae_lambda", 0, 1),
             ("learning_rate clip_coef max_grad_norm", 1e-9, 10**9),
@@ -107,8 +111,10 @@ class Args:
         ):
             for name in names.split():
                 check(low <= getattr(self, name) <= high, name, f"must be from {low} to {high}")
-        check(self.start_level + self.num_levels < 2**31, "start_level", "+ --num-levels must be below 2**31")
-        check(len(self.channels) == 3 and min(self.channels) > 0, "channels", "must be three numbers above 0")
+        low_enough = self.start_level + self.num_levels < 2**31 and (self.num_levels or not self.start_level)
+        check(low_enough, "start_level", "must be 0 with --num-levels 0, and their sum below 2147483648")
+        widths = len(self.channels) == 3 and all(0 < width <= 4096 for width in self.channels)
+        check(widths, "channels", "must be three numbers from 1 to 4096")
 
         self.batch_size = self.num_envs * self.num_steps
         self.minibatch_size = self.batch_size // self.num_minibatches
@@ -125,8 +131,8 @@ class Args:
             found, index = torch.cuda.device_count(), int(self.device[5:] or 0)
             needs = f"needs CUDA device {index}, and PyTorch finds {found}: auto or cpu would do"
             check(index < found, "device", needs)
-        has_wandb = importlib.util.find_spec("wandb") is not None
-        check(has_wandb or not self.track, "track", "needs wandb: `pip install wandb`, or leave it out")
+        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # a folder of runs has none
+        check(has_wandb or not self.track, "track", "needs wandb: `pip install wandb`")
 
 
 class ResidualBlock(nn.Sequential):
@@ -139,11 +145,8 @@ class ResidualBlock(nn.Sequential):
 
 
 class Agent(nn.Module):
-    """The IMPALA-CNN (Espeholt et al. 2018) with a policy and a value head.
-
-    obs: uint8 (B, 64, 64, 3), or float in [0, 255]. Returns logits (B, num_actions) and value (B,), the value
-    in units of the normalised reward.
-    """
+    """The IMPALA-CNN (Espeholt et al. 2018) with a policy and a value head. obs: uint8 (B, 64, 64, 3), or
+    float in [0, 255]. Gives logits (B, num_actions) and value (B,), in units of the normalised reward."""
 
     def __init__(self, num_actions: int = 15, channels: tuple[int, int, int] = (16, 32, 32)):
         super().__init__()
@@ -178,7 +181,8 @@ def make_envs(args: Args, num: int, num_levels: int, start_level: int, rand_seed
     """
     levels = {"num_levels": num_levels, "start_level": start_level}
     options = {"distribution_mode": args.distribution_mode, "rand_seed": rand_seed, **levels}
-    return ProcgenGym3Env(num, args.env_id, num_threads=args.num_env_threads or os.cpu_count(), **options)
+    options["num_threads"] = args.num_env_threads or len(os.sched_getaffinity(0))
+    return ProcgenGym3Env(num, args.env_id, **options)
 
 
 class RewardNormalizer:
@@ -290,8 +294,7 @@ def minibatch_step(agent: Agent, optimizer, batch: Batch, args: Args, mb_inds):
 
 
 def update(step, args: Args, device):
-    """Passes over the batch in shuffled minibatches, `step` taking the indices of each. Returns mean METRICS,
-    a row for each agent."""
+    """Passes over the batch in shuffled minibatches, `step` taking the indices. Returns mean METRICS."""
     metrics = []
     for _ in range(args.update_epochs):
         for mb_inds in torch.randperm(args.batch_size, device=device).split(args.minibatch_size):
@@ -503,7 +506,8 @@ def catch_signals() -> list[int]:
 
     def catch(signum, frame):
         signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print("\nstopping after this iteration; once more stops at once", file=sys.stderr, flush=True)
 
     signal.signal(signal.SIGINT, catch)
@@ -574,16 +578,20 @@ def main(args: Args, signals=()):
     else:
         save_checkpoint(path, args, 0, optimizer, runners)
 
-    line_a_minute = {"mininterval": 60, "bar_format": "{l_bar}{bar}{r_bar}\n"}
-    style = {} if sys.stderr.isatty() else line_a_minute
+    style = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{bar}{r_bar}\n"}
     saved, global_step, start_time = done, done * args.batch_size, time.time()
     saved_time, total = start_time, args.num_iterations * args.batch_size
     progress = tqdm(initial=global_step, total=total, unit="step", unit_scale=True, **style)
+
+    def step_and_show(mb_inds):
+        progress.update(args.minibatch_size // args.update_epochs)
+        return step(mb_inds)
+
     for iteration in range(done + 1, args.num_iterations + 1):
         global_step = iteration * args.batch_size
         rewards, dones = rollout(*zip(*[(runner.policy, runner.envs, runner.data) for runner in runners]))
         episodes = [runner.finish_rollout(*each) for runner, *each in zip(runners, rewards, dones)]
-        metrics = update(step, args, device)
+        metrics = update(step_and_show, args, device)
 
         for i, j in np.argwhere(~np.isfinite(metrics)):
             what = f"{METRICS[j]} of agent {i + 1} is {metrics[i][j]} in iteration {iteration}"
@@ -594,7 +602,7 @@ def main(args: Args, signals=()):
             runner.log(metrics[i], episodes[i], global_step, sps, test)
         status = "/".join(f"{runner.train_return:.2f} (test {runner.test_return:.2f})" for runner in runners)
         progress.set_postfix_str(f"return {status}", refresh=False)
-        progress.update(args.batch_size)
+        progress.update(global_step - progress.n)
         due = iteration % args.checkpoint_interval == 0 or time.time() > saved_time + 300
         if due or signals or iteration == args.num_iterations:
             save_checkpoint(path, args, iteration, optimizer, runners)
@@ -606,6 +614,7 @@ def main(args: Args, signals=()):
     for runner in runners:
         runner.save_agent()
     if args.eval_interval and not signals:
+        print("final test, of", args.final_eval_episodes, "episodes on each kind of levels", flush=True)
         results = [runner.final_test() for runner in runners]
         print_results(results)
         content = {"args": asdict(args), "global_step": global_step, "agents": results}

@@ -1,6 +1,7 @@
 """What several test files use: the scripts' names, tiny settings, shell runs, curves, a probe."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,13 @@ class Probe:
         obs[self.side == 0, :, :32] = 255
         obs[self.side == 1, :, 32:] = 255
         return self.reward, {"rgb": obs}, self.clock == 0
+
+    def get_state(self):
+        state = (self.rng, self.clock, self.reward, self.side)
+        return [pickle.dumps(state)] + [b""] * (self.num - 1)
+
+    def set_state(self, states):
+        self.rng, self.clock, self.reward, self.side = pickle.loads(states[0])
 
     def close(self):
         pass
