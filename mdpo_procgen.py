@@ -32,7 +32,9 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
+import zipfile
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -311,13 +313,14 @@ def minibatch_step(agents: list[Agent], optimizer, batches: list[Batch], args: A
     return torch.stack([torch.stack(agent_metrics) for agent_metrics in metrics]).detach()
 
 
-def update(step, args: Args, device):
-    """Passes over the batch in shuffled minibatches, `step` taking the indices. Returns mean METRICS."""
+def update(step, args: Args, device) -> np.ndarray:
+    """Passes over the batch in shuffled minibatches, `step` taking the indices of each. Returns METRICS,
+    float32 (number of steps, number of agents, len(METRICS))."""
     metrics = []
     for _ in range(args.update_epochs):
         for mb_inds in torch.randperm(args.batch_size, device=device).split(args.minibatch_size):
             metrics.append(step(mb_inds))
-    return torch.stack(metrics).mean(0).tolist()  # waits for the device
+    return torch.stack(metrics).cpu().numpy()  # waits for the device
 
 
 def evaluate(policy, envs, episodes_per_env: int, device) -> np.ndarray:
@@ -375,7 +378,7 @@ class Runner:
             self.episodes[:, done] = 0
         return np.concatenate(ended, axis=1)
 
-    def log(self, metrics: list[float], episodes: np.ndarray, global_step: int, sps: float, test: bool):
+    def log(self, metrics: np.ndarray, episodes: np.ndarray, global_step: int, sps: float, test: bool):
         """Writes an iteration's curves, return and length being means over the episodes that ended in it."""
         scalars = {f"losses/{name}": value for name, value in zip(METRICS, metrics)}
         residual = (self.batch.returns - self.batch.values).var() / self.batch.returns.var()
@@ -436,7 +439,9 @@ class Runner:
 
 
 def fail(message: str):
-    """Ends the process over something that its user can mend: one line, exit status 2."""
+    """Ends the process over something that its user can mend: one line, the last one, and exit status 2."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -468,11 +473,8 @@ def save_checkpoint(path: Path, args: Args, iteration: int, optimizer, runners: 
 
 
 def load_checkpoint(content: dict, optimizer, runners: list[Runner]):
-    try:
-        for runner, state in zip(runners, content["runners"], strict=True):
-            runner.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError) as error:  # other settings than those that it names
-        fail(f"--resume: the checkpoint does not fit its settings: {str(error).splitlines()[0]}")
+    for runner, state in zip(runners, content["runners"], strict=True):
+        runner.load_state_dict(state)
     groups = optimizer.state_dict()["param_groups"]  # what this device needs, not the one before
     optimizer.load_state_dict({"state": content["optimizer"], "param_groups": groups})
     *generators, cuda = content["generators"]
@@ -485,7 +487,12 @@ def load_checkpoint(content: dict, optimizer, runners: list[Runner]):
 def find_checkpoint(args) -> Path | None:
     """The file that --resume means, None for a new run. Reads resume, env_id, exp_name and seed of args."""
     if args.resume == "auto":
-        runs = Path("runs").glob(f"{args.env_id}__{args.exp_name}__{args.seed}__*/checkpoint.pt")
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}"
+        runs = [
+            path
+            for path in Path("runs").glob("*__*/checkpoint.pt")
+            if path.parent.name.rpartition("__")[0] == name
+        ]
         return max(runs, key=os.path.getmtime, default=None)
     return Path(args.resume, "checkpoint.pt" * Path(args.resume).is_dir()) if args.resume else None
 
@@ -493,7 +500,9 @@ def find_checkpoint(args) -> Path | None:
 def read_checkpoint(path: Path) -> dict:
     """The content of a checkpoint.pt of this script; the end of the process if it is anything else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
         script, version, _, _ = (content[key] for key in ("script", "format", "args", "iteration"))
     except Exception as error:  # torch has many names for a file that is cut short, or no checkpoint, or code
         reason = getattr(error, "strerror", None) or "it is damaged, or no checkpoint"
@@ -547,13 +556,14 @@ def parse_args() -> Args:
     for name in ("resume", "env_id", "exp_name", "seed"):
         first.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="?", default=getattr(Args, name))
     path = find_checkpoint(first.parse_known_args()[0])
-    saved = read_checkpoint(path)["args"] | {"device": "auto", "resume": str(path)} if path else {}
-    box = io.StringIO()
+    saved, box = {}, io.StringIO()
     try:
+        if path:
+            saved = read_checkpoint(path)["args"] | {"device": "auto", "resume": str(path)}
         with contextlib.redirect_stderr(box):
             args = tyro.cli(Args, prog=Path(__file__).name, description=__doc__, default=Args(**saved))
     except SystemExit as stop:
-        if not stop.code:
+        if not (stop.code and box.getvalue()):
             raise
         text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
         message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
@@ -592,7 +602,11 @@ def main(args: Args, signals=()):
     runners = [Runner(args, agents[i], i, run_dir / f"agent_{i + 1}", device, first_step) for i in range(2)]
     step = partial(minibatch_step, agents, optimizer, [runner.batch for runner in runners], args)
     if checkpoint:
-        load_checkpoint(checkpoint, optimizer, runners)
+        try:
+            load_checkpoint(checkpoint, optimizer, runners)
+        except Exception as error:  # a part is missing, or made with other settings than the file says
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            fail(f"--resume: {path} does not fit its settings: {reason}")
     else:
         save_checkpoint(path, args, 0, optimizer, runners)
 
@@ -611,13 +625,13 @@ def main(args: Args, signals=()):
         episodes = [runner.finish_rollout(*each) for runner, *each in zip(runners, rewards, dones)]
         metrics = update(step_and_show, args, device)
 
-        for i, j in np.argwhere(~np.isfinite(metrics)):
-            what = f"{METRICS[j]} of agent {i + 1} is {metrics[i][j]} in iteration {iteration}"
+        for k, i, j in np.argwhere(~np.isfinite(metrics)):
+            what = f"{METRICS[j]} of agent {i + 1} is {metrics[k, i, j]} in iteration {iteration}"
             fail(f"{what}; the last good checkpoint is of iteration {saved}: --resume {run_dir}")
         sps = (iteration - done) * args.batch_size / (time.time() - start_time)
         test = args.eval_interval > 0 and iteration % args.eval_interval == 0
         for i, runner in enumerate(runners):
-            runner.log(metrics[i], episodes[i], global_step, sps, test)
+            runner.log(metrics.mean(0)[i], episodes[i], global_step, sps, test)
         status = "/".join(f"{runner.train_return:.2f} (test {runner.test_return:.2f})" for runner in runners)
         progress.set_postfix_str(f"return {status}", refresh=False)
         progress.update(global_step - progress.n)
@@ -625,7 +639,7 @@ def main(args: Args, signals=()):
         if due or signals or iteration == args.num_iterations:
             save_checkpoint(path, args, iteration, optimizer, runners)
             saved, saved_time = iteration, time.time()
-        if signals:
+        if signals and saved == iteration:
             break
     progress.close()
 
@@ -646,7 +660,9 @@ def main(args: Args, signals=()):
 
 
 if __name__ == "__main__":
+    # The thread that writes the curves reports a full disk by a traceback, and then to the next flush.
+    threading.excepthook = lambda why: isinstance(why.exc_value, OSError) or threading.__excepthook__(why)
     try:
         main(parse_args(), catch_signals())
-    except OSError as error:  # a full disk, above all; the checkpoint before is whole
+    except OSError as error:  # the checkpoint before is whole
         fail(f"{error.filename or 'cannot write the curves'}: {error.strerror}")

@@ -295,9 +295,7 @@ def test_signal(name, signum, tmp_path):
     assert process.returncode == 128 + signum
     assert "stopping after this iteration" in err and "Traceback" not in err
     steps = int(
-        re.fullmatch(r"stopped after ([\d,]+) steps; to go on: --resume runs/\S+\n", out)[1].replace(
-            ",", ""
-        )
+        re.fullmatch(r"stopped after ([\d,]+) steps; to go on: --resume runs/\S+\n", out)[1].replace(",", "")
     )
     assert steps > 0 and steps % BATCH_SIZE == 0
     run_dir = run_folder(tmp_path / "work")
