@@ -541,7 +541,9 @@ def parse_args() -> Args:
     saved, box = {}, io.StringIO()
     try:
         if path:
-            saved = read_checkpoint(path)["args"] | {"device": "auto", "resume": str(path)}
+            saved = read_checkpoint(path)["args"] | {"resume": str(path)}
+            if saved["device"].startswith("cuda") and not torch.cuda.is_available():
+                saved["device"] = "auto"
         with contextlib.redirect_stderr(box):
             args = tyro.cli(Args, prog=Path(__file__).name, description=__doc__, default=Args(**saved))
     except SystemExit as stop:
@@ -550,7 +552,7 @@ def parse_args() -> Args:
         text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
         message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
         fail(message.split("; For full helptext")[0])
-    except (TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         fail(f"--resume: the settings in {path} do not work here: {error}")
     for name, value in saved.items():
         if name not in MAY_CHANGE and getattr(args, name) != value:

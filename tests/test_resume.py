@@ -357,10 +357,19 @@ def test_a_contradicting_flag_is_an_error(straight, tmp_path, capsys):
 def test_settings_need_not_be_given_again(straight, tmp_path, which):
     target = straight.run_dir / "checkpoint.pt" if which == "file" else straight.run_dir
     args = parse(straight.script, tmp_path, "--resume", target)
-    assert args == straight.script.Args(**(SETTINGS | {"device": "auto", "resume": args.resume}))
+    assert args == straight.script.Args(**(SETTINGS | {"resume": args.resume}))
     assert Path(args.resume) == straight.run_dir / "checkpoint.pt"
     again = parse(straight.script, tmp_path, "--resume", target, *flags(**SETTINGS))
     assert again.num_envs == args.num_envs and again.device == "cpu"
+
+
+def test_a_run_from_a_gpu_goes_on_without_one(straight, tmp_path):
+    content = torch.load(straight.run_dir / "checkpoint.pt", weights_only=True)
+    content["args"]["device"] = "cuda:1"
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        assert parse(straight.script, tmp_path, "--resume", tmp_path).device == "auto"
 
 
 def test_flags_that_may_change(straight, tmp_path):
