@@ -19,7 +19,6 @@ ppo_procgen.py is the same without a peer, mdspo_procgen.py differs from this fi
     python mdpo_procgen.py --env-id bigfish
 """
 
-import argparse
 import contextlib
 import ctypes
 import fcntl
@@ -36,7 +35,7 @@ import threading
 import time
 import zipfile
 from collections import namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -53,8 +52,16 @@ from tqdm import tqdm
 MODES = {"easy": ENV_NAMES, "hard": ENV_NAMES}  # and their games: any other pair aborts inside Procgen
 MODES["extreme"] = ["chaser", "dodgeball", "leaper", "starpilot"]
 MODES["memory"] = ["caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"]
-MAY_CHANGE = "total_timesteps eval_interval checkpoint_interval resume device num_env_threads".split()
-MAY_CHANGE += "torch_deterministic track wandb_project_name wandb_entity".split()  # when a run goes on
+RANGES = {  # of numbers, both ends included
+    "num_steps num_minibatches update_epochs checkpoint_interval": (1, 2**31 - 1),
+    "seed num_levels start_level eval_interval": (0, 2**31 - 1),
+    "num_envs num_eval_envs": (1, 2**16),
+    "num_env_threads": (0, 2**10),
+    "final_eval_episodes": (2, 2**31 - 1),
+    "gamma gae_lambda": (0, 1),
+    "learning_rate clip_coef max_grad_norm": (1e-9, 10**9),
+    "ent_coef vf_coef distill_coef": (0, 10**9),
+}
 
 
 @dataclass
@@ -62,7 +69,6 @@ class Args:
     env_id: str = "bigfish"  # one of the 16 games of Procgen
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, actions, minibatches and environments
-    total_timesteps: int = 50_000_000  # environment steps of each agent
     learning_rate: float = 5e-4  # of Adam
     num_envs: int = 64  # parallel environments
     num_steps: int = 256  # steps in each environment between two updates
@@ -77,16 +83,23 @@ class Args:
     detach_peer: bool = False  # distil into the agent alone, without gradient for its peer
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
     channels: tuple[int, int, int] = (16, 32, 32)  # width of the encoder's three stages
+    freeze_encoder: bool = False  # train actor and critic alone
     num_levels: int = 500  # training levels, 0 for all there are
     start_level: int = 0  # first training level
     distribution_mode: str = "hard"  # easy or hard, for some games also extreme or memory
-    eval_interval: int = 50  # iterations between tests on the full distribution, 0 for no tests
     num_eval_envs: int = 64  # test environments, one episode in each
+    # What follows may be changed when a run goes on.
+    total_timesteps: int = 50_000_000  # environment steps of each agent
+    eval_interval: int = 50  # iterations between tests on the full distribution, 0 for no tests
     final_eval_episodes: int = 512  # episodes of the last test, on each kind of levels
     checkpoint_interval: int = 50  # iterations between checkpoints; every 5 minutes there is one anyway
     resume: str = ""  # run folder or checkpoint to go on from, or auto: the newest run of this name, if any
+    pretrained_encoder: str = ""  # agent.pt whose encoder, and its channels, to begin with
     device: str = "auto"  # cpu, cuda, cuda:N, or auto: CUDA where there is one
     num_env_threads: int = 0  # Procgen's threads, 0 for one a core
+    bf16: bool = True  # encoder in bfloat16, on CUDA and on processors that have it
+    compile: bool = True  # torch.compile the loss, on CUDA
+    cudagraphs: bool = True  # replay acting and minibatch steps as graphs, on CUDA
     torch_deterministic: bool = False  # only deterministic cuDNN algorithms
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "mdpo"  # project of --track
@@ -98,46 +111,39 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} {needs}, not {getattr(self, name)}")
 
         check(self.env_id in ENV_NAMES, "env_id", f"must be one of {', '.join(ENV_NAMES)}")
+        named = re.fullmatch(r"[\w.+=-]{1,99}", self.exp_name)
+        check(named, "exp_name", "must be 1 to 99 of a-z, 0-9, _.+=-")
+        if self.resume:
+            return  # the rest is checked with the settings of the run that goes on
         modes = [mode for mode, games in MODES.items() if self.env_id in games]
         needs = f"must be {' or '.join(modes)} for {self.env_id}"
         check(self.distribution_mode in modes, "distribution_mode", needs)
-        check(
-            re.fullmatch(r"[\w.+=-]{1,99}", self.exp_name), "exp_name", "must be 1 to 99 of a-z, 0-9, _.+=-"
-        )
-        for names, low, high in (
-            ("num_steps num_minibatches update_epochs checkpoint_interval", 1, 2**31 - 1),
-            ("seed num_levels start_level eval_interval", 0, 2**31 - 1),
-            ("num_envs num_eval_envs", 1, 2**16),
-            ("num_env_threads", 0, 2**10),
-            ("final_eval_episodes", 2, 2**31 - 1),
-            ("gamma gae_lambda", 0, 1),
-            ("learning_rate clip_coef max_grad_norm", 1e-9, 10**9),
-            ("ent_coef vf_coef distill_coef", 0, 10**9),
-        ):
+        for names, (low, high) in RANGES.items():
             for name in names.split():
                 check(low <= getattr(self, name) <= high, name, f"must be from {low} to {high}")
         low_enough = self.start_level + self.num_levels < 2**31 and (self.num_levels or not self.start_level)
         check(low_enough, "start_level", "must be 0 with --num-levels 0, and their sum below 2147483648")
         widths = len(self.channels) == 3 and all(0 < width <= 4096 for width in self.channels)
         check(widths, "channels", "must be three numbers from 1 to 4096")
+        can_freeze = self.pretrained_encoder or not self.freeze_encoder
+        check(can_freeze, "freeze_encoder", "needs --pretrained-encoder")
+        device = re.fullmatch(r"(auto|cpu|cuda)(?::(\d+))?", self.device)
+        check(
+            device and (device[1] == "cuda" or not device[2]), "device", "must be auto, cpu, cuda or cuda:N"
+        )
+        found, index = torch.cuda.device_count(), int(device[2] or 0)
+        needs = f"needs CUDA device {index}, and PyTorch finds {found}: auto or cpu would do"
+        check(device[1] != "cuda" or index < found, "device", needs)
+        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # a folder of runs has none
+        check(has_wandb or not self.track, "track", "needs wandb: `pip install wandb`")
 
         self.batch_size = self.num_envs * self.num_steps
         self.minibatch_size = self.batch_size // self.num_minibatches
         self.num_iterations = self.total_timesteps // self.batch_size
         batch = f"the batch, --num-envs x --num-steps = {self.batch_size}"
-        check(self.batch_size % self.num_minibatches == 0, "num_minibatches", f"must divide {batch}")
-        check(self.minibatch_size >= 2, "num_minibatches", f"must be at most half of {batch}")
+        ok = self.batch_size % self.num_minibatches == 0 and self.minibatch_size >= 2
+        check(ok, "num_minibatches", f"must divide {batch}, and be at most half of it")
         check(self.num_iterations >= 1, "total_timesteps", f"must be at least {batch}")
-
-        check(
-            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), "device", "must be auto, cpu, cuda or cuda:N"
-        )
-        if self.device.startswith("cuda"):
-            found, index = torch.cuda.device_count(), int(self.device[5:] or 0)
-            needs = f"needs CUDA device {index}, and PyTorch finds {found}: auto or cpu would do"
-            check(index < found, "device", needs)
-        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # a folder of runs has none
-        check(has_wandb or not self.track, "track", "needs wandb: `pip install wandb`")
 
 
 class ResidualBlock(nn.Sequential):
@@ -172,8 +178,17 @@ class Agent(nn.Module):
             nn.init.zeros_(head.bias)
 
     def forward(self, obs):
-        hidden = self.encoder(obs.permute(0, 3, 1, 2) / 255)
+        hidden = self.encoder(obs.permute(0, 3, 1, 2) / 255).float()
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
+
+
+class PinnedProcgen(ProcgenGym3Env):
+    """Observes into one page-locked buffer, from which a GPU copies by itself; `act` overwrites it."""
+
+    def _numpy_aligned(self, shape, dtype, align=64):
+        num_bytes, pin = int(np.prod(shape)) * dtype.itemsize, torch.cuda.is_available()
+        memory = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pin)
+        return memory.numpy().view(dtype).reshape(shape)
 
 
 def make_envs(args: Args, num: int, num_levels: int, start_level: int, rand_seed: int):
@@ -184,10 +199,12 @@ def make_envs(args: Args, num: int, num_levels: int, start_level: int, rand_seed
     observation begins an episode; the action -1 ends the episode under way. Checkpoints need `get_state()`,
     which gives a list of bytes, and `set_state` of such a list.
     """
-    levels = {"num_levels": num_levels, "start_level": start_level}
-    options = {"distribution_mode": args.distribution_mode, "rand_seed": rand_seed, **levels}
-    options["num_threads"] = args.num_env_threads or len(os.sched_getaffinity(0))
-    return ProcgenGym3Env(num, args.env_id, **options)
+    options = {"num_levels": num_levels, "start_level": start_level, "rand_seed": rand_seed}
+    threads = args.num_env_threads or len(os.sched_getaffinity(0))
+    mode = args.distribution_mode
+    envs = PinnedProcgen(num, args.env_id, distribution_mode=mode, num_threads=threads, **options)
+    envs._reuse_arrays = True
+    return envs
 
 
 class RewardNormalizer:
@@ -198,18 +215,22 @@ class RewardNormalizer:
 
     def __call__(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         """Raw rewards and whether they ended an episode, (num_steps, num_envs), to float32 in [-10, 10]."""
-        normalized = np.empty(rewards.shape, np.float32)
+        returns, variances = np.empty(rewards.shape), np.empty((len(rewards), 1))
         for step, reward in enumerate(rewards):
-            self.returns = self.returns * self.gamma + reward
-            self.statistics.update(self.returns)
-            self.returns[dones[step]] = 0
-            normalized[step] = reward / np.sqrt(self.statistics.var + 1e-8)
-        return normalized.clip(-10, 10)
+            returns[step] = self.returns * self.gamma + reward
+            self.returns = np.where(dones[step], 0, returns[step])
+        for step, moments in enumerate(zip(returns.mean(1).tolist(), returns.var(1).tolist())):
+            self.statistics.update_from_moments(*moments, rewards.shape[1])
+            variances[step] = self.statistics.var
+        return (rewards / np.sqrt(variances + 1e-8)).clip(-10, 10).astype(np.float32)
 
 
 # obs are uint8 (..., 64, 64, 3), actions int64; values, advantages and returns are in units of the normalised
 # reward. A rollout's leading dimensions are (num_steps + 1, num_envs); its last row only bootstraps.
 Batch = namedtuple("Batch", "obs actions logprobs values advantages returns")
+# Environments that step together: their policy (`act`, of obs alone) and the columns that they fill; rewards,
+# raw, are float32 and dones bool (num_steps + 1, num), both as they came with obs.
+Group = namedtuple("Group", "policy envs data rewards dones")
 
 
 def compute_gae(rewards, values, dones, next_value, next_done, gamma: float, gae_lambda: float):
@@ -265,6 +286,21 @@ def rl_loss(logits, new_values, mb: Batch, args: Args):
     return pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy, metrics
 
 
+def compute_loss(agents: list[Agent], mbs: list[Batch], args: Args):
+    """The loss of both agents on both minibatches, a scalar, and all METRICS but the last, a row an agent."""
+    outputs = [agent(torch.cat([mb.obs for mb in mbs])) for agent in agents]  # on both minibatches
+    loss, metrics = 0.0, []
+    for i, mb in enumerate(mbs):
+        rows = slice(i * len(mb.obs), (i + 1) * len(mb.obs))
+        logits, new_values = (output[rows] for output in outputs[i])
+        peer_logits = outputs[1 - i][0][rows]
+        agent_loss, agent_metrics = rl_loss(logits, new_values, mb, args)
+        kl = mutual_kl(peer_logits.detach() if args.detach_peer else peer_logits, logits)
+        loss = loss + (agent_loss + args.distill_coef * kl) / 2
+        metrics.append(torch.stack([*agent_metrics, kl]))
+    return loss, torch.stack(metrics)
+
+
 @torch.no_grad()
 def act(agent: Agent, obs):
     """Samples the policy at obs, uint8 (B, 64, 64, 3). Returns actions, logprobs and values, all (B,)."""
@@ -275,42 +311,28 @@ def act(agent: Agent, obs):
     return actions, logprobs.gather(-1, actions[:, None]).squeeze(-1), values
 
 
-def rollout(policies, envs, data):
-    """Plays num_steps steps in groups of environments, each with its policy (`act`, of obs alone) and the
-    Batch to fill. One group steps in the background while the network acts for the next. Returns for each
-    group what came with obs: raw rewards float32 and dones bool, (num_steps + 1, num)."""
-    num_steps = len(data[0].obs) - 1
-    rewards = [np.empty((num_steps + 1, group.num), np.float32) for group in envs]
-    dones = [np.empty((num_steps + 1, group.num), bool) for group in envs]
+def rollout(groups: list[Group]):
+    """Plays num_steps steps and fills the groups' columns, advantages and returns apart. One group steps in
+    the background while the network acts for the next."""
+    num_steps = len(groups[0].rewards) - 1
     for step in range(num_steps + 1):
-        for i, (policy, group, batch) in enumerate(zip(policies, envs, data)):
-            rewards[i][step], obs, dones[i][step] = group.observe()
-            batch.obs[step] = torch.from_numpy(obs["rgb"])
-            batch.actions[step], batch.logprobs[step], batch.values[step] = policy(batch.obs[step])
+        for policy, envs, data, rewards, dones in groups:
+            rewards[step], obs, dones[step] = envs.observe()
+            data.obs[step].copy_(torch.from_numpy(obs["rgb"]), non_blocking=True)
+            data.actions[step], data.logprobs[step], data.values[step] = policy(data.obs[step])
             if step < num_steps:
-                group.act(batch.actions[step].cpu().numpy().astype(np.int32))  # waits for the device
-    return rewards, dones
+                envs.act(data.actions[step].cpu().numpy().astype(np.int32))  # waits for the device
 
 
-def minibatch_step(agents: list[Agent], optimizer, batches: list[Batch], args: Args, mb_inds):
-    """One gradient step on the rows mb_inds of both batches. Returns METRICS, a row for each agent."""
-    mbs = [Batch(*(column[mb_inds] for column in batch)) for batch in batches]
-    outputs = [agent(torch.cat([mb.obs for mb in mbs])) for agent in agents]  # on both minibatches
-    loss, metrics = 0.0, []
-    for i, mb in enumerate(mbs):
-        rows = slice(i * len(mb.obs), (i + 1) * len(mb.obs))
-        logits, new_values = (output[rows] for output in outputs[i])
-        peer_logits = outputs[1 - i][0][rows]
-        agent_loss, agent_metrics = rl_loss(logits, new_values, mb, args)
-        kl = mutual_kl(peer_logits.detach() if args.detach_peer else peer_logits, logits)
-        loss = loss + (agent_loss + args.distill_coef * kl) / 2
-        metrics.append([*agent_metrics, kl])
+def minibatch_step(loss_function, agents: list[Agent], optimizer, batches: list[Batch], args: Args, mb_inds):
+    """One gradient step on the rows mb_inds of each agent's batch; loss_function is compute_loss. Returns
+    METRICS, a row for each agent."""
+    loss, metrics = loss_function(agents, [Batch(*(x[mb_inds] for x in batch)) for batch in batches], args)
     optimizer.zero_grad()
     loss.backward()
-    for agent, agent_metrics in zip(agents, metrics):
-        agent_metrics.append(nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm))
+    norms = [nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm) for agent in agents]
     optimizer.step()
-    return torch.stack([torch.stack(agent_metrics) for agent_metrics in metrics]).detach()
+    return torch.cat([metrics.detach(), torch.stack(norms)[:, None]], 1)
 
 
 def update(step, args: Args, device) -> np.ndarray:
@@ -319,7 +341,7 @@ def update(step, args: Args, device) -> np.ndarray:
     metrics = []
     for _ in range(args.update_epochs):
         for mb_inds in torch.randperm(args.batch_size, device=device).split(args.minibatch_size):
-            metrics.append(step(mb_inds))
+            metrics.append(step(mb_inds).clone())  # a graph writes to the same place each time
     return torch.stack(metrics).cpu().numpy()  # waits for the device
 
 
@@ -340,39 +362,75 @@ def evaluate(policy, envs, episodes_per_env: int, device) -> np.ndarray:
     return np.concatenate([of_env[:episodes_per_env] for of_env in episodes])
 
 
+class CudaGraph:
+    """Replays a function of one tensor, captured once for each shape. Its outputs are overwritten by the next
+    call. Capturing leaves the generator and `state`, the tensors that the function changes, as they were."""
+
+    def __init__(self, function, state=()):
+        self.function, self.state, self.captured = function, state, {}
+
+    def __call__(self, x):
+        if x.shape not in self.captured:
+            self.captured[x.shape] = self.capture(x.clone())
+        graph, static_x, outputs = self.captured[x.shape]
+        static_x.copy_(x)
+        graph.replay()
+        return outputs
+
+    @torch.no_grad()
+    def capture(self, x):
+        before, generator = [each.clone() for each in self.state], torch.cuda.get_rng_state()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.enable_grad(), torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, chooses algorithms, allocates
+                self.function(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.enable_grad(), torch.cuda.graph(graph):
+            outputs = self.function(x)
+        for each, value in zip(self.state, before):
+            each.copy_(value)
+        torch.cuda.set_rng_state(generator)
+        return graph, x, outputs
+
+
 class Runner:
     """One agent's side of a run: its environments, its data and its curves."""
 
-    def __init__(self, args: Args, agent: Agent, index: int, folder: Path, device, first_step: int = 1):
-        self.args, self.agent, self.folder, self.device = args, agent, folder, device
-        self.policy = partial(act, agent)
-        levels, seeds = (args.num_levels, args.start_level), np.random.default_rng([args.seed, index])
-        train, train_level_test, test = seeds.integers(2**31, size=3).tolist()
-        self.envs = make_envs(args, args.num_envs, *levels, train)
-        self.train_level_test_envs = make_envs(args, args.num_eval_envs, *levels, train_level_test)
-        self.test_envs = make_envs(args, args.num_eval_envs, 0, 0, test)
-        self.normalizer = RewardNormalizer(args.num_envs, args.gamma)
-        self.episodes = np.zeros((2, args.num_envs))  # raw return and length of those under way
-        self.train_return = self.test_return = math.nan  # as last logged
+    def __init__(self, args: Args, agent: Agent, policy, index: int, num_groups: int, folder, device, done=0):
+        self.args, self.agent, self.policy, self.folder, self.device = args, agent, policy, folder, device
+        seeds = np.random.default_rng([args.seed, index]).integers(2**31, size=2 + num_groups).tolist()
+        levels, first_step = (args.num_levels, args.start_level), done * args.batch_size + 1
+        self.train_level_test_envs = make_envs(args, args.num_eval_envs, *levels, seeds[0])
+        self.test_envs = make_envs(args, args.num_eval_envs, 0, 0, seeds[1])
         zeros = partial(torch.zeros, args.num_steps + 1, args.num_envs, device=device)
         obs, actions = zeros(64, 64, 3, dtype=torch.uint8), zeros(dtype=torch.int64)
         self.data = Batch(obs, actions, logprobs=zeros(), values=zeros(), advantages=zeros(), returns=zeros())
         self.batch = Batch(*(column[:-1].flatten(0, 1) for column in self.data))  # the same memory
+        self.rewards, self.dones = (np.zeros(self.data.values.shape, kind) for kind in (np.float32, bool))
+        self.groups = []
+        for seed, columns in zip(seeds[2:], torch.arange(args.num_envs).chunk(num_groups)):
+            envs, part = make_envs(args, len(columns), *levels, seed), slice(columns[0], columns[-1] + 1)
+            data = Batch(*(column[:, part] for column in self.data))
+            self.groups.append(Group(policy, envs, data, self.rewards[:, part], self.dones[:, part]))
+        self.normalizer = RewardNormalizer(args.num_envs, args.gamma)
+        self.episodes = np.zeros((2, args.num_envs))  # raw return and length of those under way
+        self.train_return = self.test_return = math.nan  # as last logged
         self.writer = SummaryWriter(folder, purge_step=first_step)  # hides what a killed process wrote later
         rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
         self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows, first_step)
 
-    def finish_rollout(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
-        """Estimates advantages and returns after a rollout; rewards and dones are (num_steps + 1, num_envs).
-        Gives the raw return and the length of all episodes that ended in it, (2, number of episodes)."""
-        args, values = self.args, self.data.values
-        normalized = torch.from_numpy(self.normalizer(rewards[1:], dones[1:])).to(self.device)
-        firsts = torch.from_numpy(dones).to(self.device)
+    def finish_rollout(self) -> np.ndarray:
+        """Estimates advantages and returns after a rollout. Gives the raw return and the length of all
+        episodes that ended in it, (2, number of episodes)."""
+        values, dones = self.data.values.cpu(), torch.from_numpy(self.dones)
+        rewards = torch.from_numpy(self.normalizer(self.rewards[1:], self.dones[1:]))
+        steps = (rewards, values[:-1], dones[:-1], values[-1], dones[-1])
         self.data.advantages[:-1], self.data.returns[:-1] = compute_gae(
-            normalized, values[:-1], firsts[:-1], values[-1], firsts[-1], args.gamma, args.gae_lambda
+            *steps, self.args.gamma, self.args.gae_lambda
         )
         ended = []
-        for reward, done in zip(rewards[1:], dones[1:]):
+        for reward, done in zip(self.rewards[1:], self.dones[1:]):
             self.episodes += [reward, np.ones_like(reward)]
             ended.append(self.episodes[:, done])
             self.episodes[:, done] = 0
@@ -418,7 +476,7 @@ class Runner:
         """What this side of a run goes on from, in types that weights_only loads."""
         return {
             "agent": self.agent.state_dict(),
-            "envs": [self.envs.get_state(), self.test_envs.get_state()],
+            "envs": [envs.get_state() for envs in (self.test_envs, *(group.envs for group in self.groups))],
             "reward_statistics": {name: float(x) for name, x in vars(self.normalizer.statistics).items()},
             "arrays": [self.normalizer.returns.tolist(), self.episodes.tolist()],
             "returns": [self.train_return, self.test_return],
@@ -426,15 +484,16 @@ class Runner:
 
     def load_state_dict(self, state: dict):
         self.agent.load_state_dict(state["agent"])
-        self.envs.set_state(state["envs"][0])
-        self.test_envs.set_state(state["envs"][1])
+        all_envs = (self.test_envs, *(group.envs for group in self.groups))
+        for envs, env_states in zip(all_envs, state["envs"], strict=True):
+            envs.set_state(env_states)
         vars(self.normalizer.statistics).update(state["reward_statistics"])
         self.normalizer.returns, self.episodes = map(np.array, state["arrays"])
         self.train_return, self.test_return = state["returns"]
 
     def close(self):
         self.writer.close()
-        for envs in (self.envs, self.test_envs, self.train_level_test_envs):
+        for envs in (self.train_level_test_envs, self.test_envs, *(group.envs for group in self.groups)):
             envs.close()
 
 
@@ -461,6 +520,35 @@ def write_file(path: Path, content):
         fail(f"cannot write {path}, which stays as it was: {error.strerror}")
 
 
+def read_file(path, flag: str, keys: set[str]) -> dict:
+    """What torch.save wrote into one of our files, a dict with these keys; anything else ends the process."""
+    try:
+        bad_part = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
+        if bad_part or not content.keys() >= keys:
+            raise ValueError
+        return content
+    except Exception as error:  # torch has many names for a file that is cut short, or not ours, or code
+        reason = getattr(error, "strerror", None) or "it is damaged, or another kind of file"
+        fail(f"{flag} cannot read {path}: {reason}")
+
+
+def read_checkpoint(path: Path) -> dict:
+    content = read_file(path, "--resume", {"format", "script", "args", "iteration"})
+    ours, theirs = (Path(__file__).stem, 1), (content["script"], content["format"])
+    if theirs != ours:
+        fail("--resume: {} is of {}.py, format {}; this is {}.py, format {}".format(path, *theirs, *ours))
+    return content
+
+
+def find_checkpoint(args: Args) -> Path | None:
+    """The file that --resume means, None for a new run."""
+    if args.resume == "auto":
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{10 * '[0-9]'}"
+        return max(Path("runs").glob(f"{name}/checkpoint.pt"), key=os.path.getmtime, default=None)
+    return Path(args.resume, "checkpoint.pt" * Path(args.resume).is_dir()) if args.resume else None
+
+
 def save_checkpoint(path: Path, args: Args, iteration: int, optimizer, runners: list[Runner]):
     for runner in runners:
         runner.writer.flush()  # no curve on disk ends before the checkpoint does
@@ -484,38 +572,10 @@ def load_checkpoint(content: dict, optimizer, runners: list[Runner]):
         torch.cuda.set_rng_state(cuda)
 
 
-def find_checkpoint(args) -> Path | None:
-    """The file that --resume means, None for a new run. Reads resume, env_id, exp_name and seed of args."""
-    if args.resume == "auto":
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}"
-        runs = [
-            path
-            for path in Path("runs").glob("*__*/checkpoint.pt")
-            if path.parent.name.rpartition("__")[0] == name
-        ]
-        return max(runs, key=os.path.getmtime, default=None)
-    return Path(args.resume, "checkpoint.pt" * Path(args.resume).is_dir()) if args.resume else None
-
-
-def read_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint.pt of this script; the end of the process if it is anything else."""
-    try:
-        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
-            raise ValueError
-        content = dict(torch.load(path, map_location="cpu", weights_only=True))
-        script, version, _, _ = (content[key] for key in ("script", "format", "args", "iteration"))
-    except Exception as error:  # torch has many names for a file that is cut short, or no checkpoint, or code
-        reason = getattr(error, "strerror", None) or "it is damaged, or no checkpoint"
-        fail(f"--resume needs a run folder or its checkpoint.pt, and cannot read {path}: {reason}")
-    if script != Path(__file__).stem or version != 1:
-        fail(f"--resume: {path} is of {script}.py, format {version}; this is {Path(__file__).name}, format 1")
-    return content
-
-
 def open_run(args: Args) -> tuple[Path, dict, object]:
     """Makes or finds the run folder and locks it. Returns its checkpoint, path and content, and the lock."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     found = find_checkpoint(args)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     path = found or Path("runs", name, "checkpoint.pt")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -552,30 +612,34 @@ def print_results(results: list[dict[str, dict[str, float]]]):
 
 def parse_args() -> Args:
     """Reads the command line, over the settings of a run to resume; tyro's box of errors becomes a line."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("resume", "env_id", "exp_name", "seed"):
-        first.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="?", default=getattr(Args, name))
-    path = find_checkpoint(first.parse_known_args()[0])
-    saved, box = {}, io.StringIO()
+
+    def parse(default: Args) -> Args:
+        box = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(box):
+                return tyro.cli(Args, prog=Path(__file__).name, description=__doc__, default=default)
+        except SystemExit as stop:
+            text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
+            message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
+            fail(message.split("; For full helptext")[0]) if stop.code else sys.exit(0)
+
+    args = parse(Args())
+    path = find_checkpoint(args)
+    saved = read_checkpoint(path)["args"] if path else {}
     try:
         if path:
-            saved = read_checkpoint(path)["args"] | {"resume": str(path)}
-            if saved["device"].startswith("cuda") and not torch.cuda.is_available():
-                saved["device"] = "auto"
-        with contextlib.redirect_stderr(box):
-            args = tyro.cli(Args, prog=Path(__file__).name, description=__doc__, default=Args(**saved))
-    except SystemExit as stop:
-        if not (stop.code and box.getvalue()):
-            raise
-        text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
-        message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
-        fail(message.split("; For full helptext")[0])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        fail(f"--resume: the settings in {path} do not work here: {error}")
-    for name, value in saved.items():
-        if name not in MAY_CHANGE and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} must stay {value}, as in {path}: leave it out")
-    return replace(args, resume=str(path or ""))
+            args = parse(Args(**saved | {"resume": str(path)}))
+        if saved.get("device", "")[:4] == args.device[:4] == "cuda" and not torch.cuda.is_available():
+            args.device = "auto"
+        names = [field.name for field in fields(Args)]
+        for name in names[: names.index("total_timesteps")]:
+            if name in saved and getattr(args, name) != saved[name]:
+                fail(f"--{name.replace('_', '-')} must stay {saved[name]}, as in {path}: leave it out")
+        args = replace(args, resume="")  # now everything is checked
+    except (AttributeError, TypeError, ValueError) as error:
+        fail(f"{error}, with the settings in {path}" if path else str(error))
+    args.resume = str(path or "")
+    return args
 
 
 def main(args: Args, signals=()):
@@ -585,14 +649,19 @@ def main(args: Args, signals=()):
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
     device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cpu":
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
         print("training on the CPU, which is slow: no CUDA device is used", flush=True)
-    if sys.platform == "linux":  # glibc keeps what is freed: to give big buffers back takes most of the time
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, 2**30)
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: glibc is to keep big buffers, since
+            ctypes.CDLL(None).mallopt(parameter, 2**30)  # to give them back takes longer than to fill them
+    pretrained = {}
+    if args.pretrained_encoder and not args.resume:
+        pretrained = read_file(args.pretrained_encoder, "--pretrained-encoder", {"script", "args", "agent"})
+        args = replace(args, channels=tuple(pretrained["args"]["channels"]))
     path, checkpoint, _lock = open_run(args)
     args, run_dir, done = replace(args, resume=""), path.parent, checkpoint.get("iteration", 0)
-    first_step = done * args.batch_size + 1
     if args.track:
         import wandb
 
@@ -600,9 +669,36 @@ def main(args: Args, signals=()):
         wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True)
 
     agents = [Agent(channels=args.channels).to(device) for _ in range(2)]
-    optimizer = torch.optim.Adam(nn.ModuleList(agents).parameters(), lr=args.learning_rate, eps=1e-5)
-    runners = [Runner(args, agents[i], i, run_dir / f"agent_{i + 1}", device, first_step) for i in range(2)]
-    step = partial(minibatch_step, agents, optimizer, [runner.batch for runner in runners], args)
+    for agent in agents:
+        weights = {k: v for k, v in pretrained.get("agent", {}).items() if k.startswith("encoder.")}
+        agent.load_state_dict(agent.state_dict() | weights)
+        agent.encoder.requires_grad_(not args.freeze_encoder)
+    parameters = [weight for agent in agents for weight in agent.parameters() if weight.requires_grad]
+    lr = torch.tensor(args.learning_rate, device=device)
+    optimizer = torch.optim.Adam(parameters, lr=lr, eps=1e-5, fused=True, capturable=cuda)
+
+    # The fast path wraps the functions above: --no-bf16 --no-compile --no-cudagraphs leaves them as they are.
+    policies, loss_function = [partial(act, agent) for agent in agents], compute_loss
+    if args.bf16 and (cuda or "bf16" in Path("/proc/cpuinfo").read_text()):
+        for agent in agents:
+            agent.to(memory_format=torch.channels_last)
+            agent.encoder.forward = torch.autocast(device.type, torch.bfloat16)(agent.encoder.forward)
+    if cuda and args.compile:
+        loss_function = torch.compile(compute_loss)
+    if cuda and args.cudagraphs:
+        policies = [CudaGraph(policy) for policy in policies]
+
+    runners = []
+    for i, (agent, policy) in enumerate(zip(agents, policies)):
+        folder = run_dir / f"agent_{i + 1}" if len(agents) > 1 else run_dir
+        runners.append(Runner(args, agent, policy, i, 2 // len(agents), folder, device, done))
+    batches = [runner.batch for runner in runners]
+    step = partial(minibatch_step, loss_function, agents, optimizer, batches, args)
+    for weight in parameters:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()  # by nothing: Adam's moments are there before a graph is captured
+    for state in optimizer.state.values():
+        state["step"].zero_()
     if checkpoint:
         try:
             load_checkpoint(checkpoint, optimizer, runners)
@@ -611,6 +707,9 @@ def main(args: Args, signals=()):
             fail(f"--resume: {path} does not fit its settings: {reason}")
     else:
         save_checkpoint(path, args, 0, optimizer, runners)
+    if cuda and args.cudagraphs:
+        moments = [moment for state in optimizer.state.values() for moment in state.values()]
+        step = CudaGraph(step, [*parameters, *moments])
 
     style = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{bar}{r_bar}\n"}
     saved, global_step, start_time = done, done * args.batch_size, time.time()
@@ -623,8 +722,8 @@ def main(args: Args, signals=()):
 
     for iteration in range(done + 1, args.num_iterations + 1):
         global_step = iteration * args.batch_size
-        rewards, dones = rollout(*zip(*[(runner.policy, runner.envs, runner.data) for runner in runners]))
-        episodes = [runner.finish_rollout(*each) for runner, *each in zip(runners, rewards, dones)]
+        rollout([group for runner in runners for group in runner.groups])
+        episodes = [runner.finish_rollout() for runner in runners]
         metrics = update(step_and_show, args, device)
 
         for k, i, j in np.argwhere(~np.isfinite(metrics)):

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,13 @@ def make_agents(script, num: int, seed: int = 0) -> list:
     return agents
 
 
+def make_runner(script, args, folder):
+    """The first agent's, on the CPU, all environments in one group."""
+    agent = script.Agent(channels=args.channels)
+    policy, device = partial(script.act, agent), torch.device("cpu")
+    return script.Runner(args, agent, policy, index=0, num_groups=1, folder=folder, device=device)
+
+
 def make_batch(script, size: int, seed: int):
     """A batch of random numbers; old log-probabilities near those of a uniform policy."""
     torch.manual_seed(seed)
@@ -101,10 +109,8 @@ def make_batch(script, size: int, seed: int):
 
 
 def minibatch_step(script, agents, optimizer, batches, args, mb_inds):
-    """The script's own: the single scripts take an agent and a batch, the mutual ones take lists."""
-    if script.__name__ in MUTUAL:
-        return script.minibatch_step(agents, optimizer, batches, args, mb_inds)
-    return script.minibatch_step(agents[0], optimizer, batches[0], args, mb_inds)
+    """The script's own, of its own loss."""
+    return script.minibatch_step(script.compute_loss, agents, optimizer, batches, args, mb_inds)
 
 
 class Probe:

@@ -7,7 +7,7 @@ import gym
 import numpy as np
 import pytest
 import torch
-from common import SCRIPTS, make_agents, make_probes
+from common import SCRIPTS, make_agents, make_probes, make_runner
 from gym.wrappers import NormalizeReward
 
 CPU = torch.device("cpu")
@@ -27,8 +27,8 @@ def recorded():
     for _ in range(300):
         envs.act(torch.randint(15, (16,)).numpy().astype(np.int32))
         reward, _, done = envs.observe()
-        rewards.append(reward)
-        dones.append(done)
+        rewards.append(reward.copy())
+        dones.append(done.copy())
     envs.close()
     rewards, dones = np.array(rewards), np.array(dones)
     assert (rewards > 0).sum() > 20 and (rewards < 0).sum() > 20 and dones.sum() > 50
@@ -103,13 +103,19 @@ def empty_data(script, num_steps: int, num: int):
     return script.Batch(**columns)
 
 
+def empty_group(script, policy, envs, data):
+    rewards, dones = (np.zeros(data.values.shape, kind) for kind in (np.float32, bool))
+    return script.Group(policy, envs, data, rewards, dones)
+
+
 def play(script, num_steps=7, num=2, rollouts=1):
     torch.manual_seed(0)
     (agent,) = make_agents(script, 1)
     envs, data = Clock(num, "1", []), empty_data(script, num_steps, num)
+    group = empty_group(script, partial(script.act, agent), envs, data)
     for _ in range(rollouts):
-        (rewards,), (dones,) = script.rollout([partial(script.act, agent)], [envs], [data])
-    return agent, envs, data, rewards, dones
+        script.rollout([group])
+    return agent, envs, data, group.rewards, group.dones
 
 
 def test_rollout_aligns_time(script):
@@ -152,13 +158,15 @@ def test_rollout_interleaves_groups(script):
         calls.append(f"policy {name}")
         return torch.full((len(obs),), int(name)), torch.zeros(len(obs)), torch.zeros(len(obs))
 
-    groups = [Clock(num, name, calls) for num, name in ((2, "1"), (3, "2"))]
-    data = [empty_data(script, 2, group.num) for group in groups]
-    rewards, dones = script.rollout([partial(policy, "1"), partial(policy, "2")], groups, data)
+    groups = [
+        empty_group(script, partial(policy, name), Clock(num, name, calls), empty_data(script, 2, num))
+        for num, name in ((2, "1"), (3, "2"))
+    ]
+    script.rollout(groups)
     step = ["observe 1", "policy 1", "act 1", "observe 2", "policy 2", "act 2"]
     assert calls == 2 * step + [call for call in step if not call.startswith("act")]
-    assert [each.shape for each in rewards] == [each.shape for each in dones] == [(3, 2), (3, 3)]
-    assert [each.actions.unique().tolist() for each in data] == [[1], [2]]
+    assert all((group.rewards[1:] // 100 == [[1], [2]]).all() for group in groups)
+    assert [group.data.actions.unique().tolist() for group in groups] == [[1], [2]]
 
 
 def test_act_samples_the_policy(script):
@@ -182,21 +190,21 @@ def test_act_keeps_no_graph(script):
     assert not any(result.requires_grad for result in results)
 
 
-def make_runner(script, tmp_path, monkeypatch, **settings):
+def probe_runner(script, tmp_path, monkeypatch, **settings):
     monkeypatch.setattr(script, "make_envs", make_probes)
     args = script.Args(num_minibatches=1, total_timesteps=1000, channels=(4, 4, 4), device="cpu", **settings)
-    return script.Runner(args, script.Agent(channels=args.channels), 0, tmp_path, CPU)
+    return make_runner(script, args, tmp_path)
 
 
 def test_every_episode_that_ends_counts(script, tmp_path, monkeypatch):
     """Also two in the same step, and those that began in the rollout before; returns are raw."""
-    runner = make_runner(script, tmp_path, monkeypatch, num_envs=2, num_steps=3)
-    rewards = np.array([[9, 9], [1, 2], [3, 4], [5, 6]], np.float32)  # the first row is the last rollout's
-    dones = np.array([[1, 1], [0, 0], [1, 1], [0, 1]], bool)
-    first = runner.finish_rollout(rewards, dones)
-    rewards = np.array([[5, 6], [7, 8], [1, 1], [1, 1]], np.float32)
-    dones = np.array([[0, 1], [1, 0], [0, 0], [0, 1]], bool)
-    second = runner.finish_rollout(rewards, dones)
+    runner = probe_runner(script, tmp_path, monkeypatch, num_envs=2, num_steps=3)
+    runner.rewards[:] = [[9, 9], [1, 2], [3, 4], [5, 6]]  # the first row is the last rollout's
+    runner.dones[:] = [[1, 1], [0, 0], [1, 1], [0, 1]]
+    first = runner.finish_rollout()
+    runner.rewards[:] = [[5, 6], [7, 8], [1, 1], [1, 1]]
+    runner.dones[:] = [[0, 1], [1, 0], [0, 0], [0, 1]]
+    second = runner.finish_rollout()
     runner.close()
     assert first.tolist() == [[4, 6, 6], [2, 2, 1]]
     assert second.tolist() == [[12, 10], [2, 3]]
@@ -204,11 +212,11 @@ def test_every_episode_that_ends_counts(script, tmp_path, monkeypatch):
 
 def test_finish_rollout_estimates_advantages(script, tmp_path, monkeypatch, recorded):
     """From normalised rewards[1:], values[:-1] with the last as bootstrap, and into the flattened batch."""
-    runner = make_runner(script, tmp_path, monkeypatch, num_envs=16, num_steps=40)
+    runner = probe_runner(script, tmp_path, monkeypatch, num_envs=16, num_steps=40)
     torch.manual_seed(0)
     runner.data.values[:] = torch.randn(41, 16)
-    rewards, dones = (each[:41] for each in recorded)
-    runner.finish_rollout(rewards, dones)
+    rewards, dones = runner.rewards[:], runner.dones[:] = (each[:41] for each in recorded)
+    runner.finish_rollout()
     runner.close()
     normalized = script.RewardNormalizer(16, 0.999)(rewards[1:], dones[1:])
     values, firsts = runner.data.values, torch.from_numpy(dones)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import MUTUAL, SCRIPTS, Probe, make_agents, make_batch, make_probes, minibatch_step
+from common import MUTUAL, SCRIPTS, make_agents, make_batch, make_probes, make_runner, minibatch_step
 from torch.distributions import Categorical, kl_divergence
 
 # (ratio, advantage, clip_coef, loss, its derivative with respect to the ratio)
@@ -104,12 +104,12 @@ def test_the_ratio_is_one_right_after_a_rollout(script, tmp_path, monkeypatch):
     """Actions, observations and log-probabilities keep their places from the rollout into the minibatch."""
     monkeypatch.setattr(script, "make_envs", make_probes)
     args = script.Args(num_envs=4, num_steps=8, num_minibatches=2, total_timesteps=32, device="cpu")
-    (agent,) = make_agents(script, 1)
-    runner = script.Runner(args, agent, 0, tmp_path, torch.device("cpu"))
-    (rewards,), (dones,) = script.rollout([runner.policy], [Probe(4, 0)], [runner.data])
-    runner.finish_rollout(rewards, dones)
+    runner = make_runner(script, args, tmp_path)
+    runner.agent.actor.weight.data *= 300
+    script.rollout(runner.groups)
+    runner.finish_rollout()
     runner.close()
-    logits, values = agent(runner.batch.obs)
+    logits, values = runner.agent(runner.batch.obs)
     _, metrics = script.rl_loss(logits, values, runner.batch, args)
     metrics = dict(zip(script.METRICS, metrics))
     assert len(runner.batch.obs) == args.batch_size

@@ -23,6 +23,7 @@ from common import (
     agent_folders,
     flags,
     load_agent,
+    make_runner,
     read_curves,
     read_events,
     run_folder,
@@ -191,7 +192,7 @@ def test_standard_error(script, monkeypatch, tmp_path):
     returns = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64).numpy()
     monkeypatch.setattr(script, "evaluate", lambda policy, envs, episodes_per_env, device: returns)
     args = script.Args(**TINY)
-    runner = script.Runner(args, script.Agent(channels=args.channels), 0, tmp_path, torch.device("cpu"))
+    runner = make_runner(script, args, tmp_path)
     result = runner.final_test()
     runner.close()
     assert result["training_levels"] == pytest.approx(
@@ -222,8 +223,9 @@ def test_agent_file(finished, trained):
         assert saved["script"] == finished.name and saved["args"] == asdict(script.Args(**TINY))
         rebuilt = script.Agent(channels=saved["args"]["channels"])
         rebuilt.load_state_dict(saved["agent"])
+        vars(agent.encoder).pop("forward", None)  # what bfloat16 put there
         for one, other in zip(rebuilt(obs), agent(obs), strict=True):
-            assert torch.equal(one, other)
+            torch.testing.assert_close(one, other)
 
 
 def test_same_seed_same_weights(finished, trained):
@@ -240,19 +242,20 @@ def test_every_agent_is_trained(trained):
 def test_agents_start_apart(trained):
     """Other weights, other environments: every environment has its own seed, the tests' too."""
     seeds = [options[-1] for options in trained.envs]
-    assert len(set(seeds)) == len(seeds) == 3 * len(trained.agents)
+    assert len(set(seeds)) == len(seeds) == (4 if len(trained.agents) == 1 else 6)
     if len(trained.agents) == 2:
         first, second = trained.first_weights
         assert not any(torch.equal(first[name], second[name]) for name in first if name.endswith("weight"))
-        one, other = [obs for obs in trained.first_obs if len(obs) == TINY["num_envs"]]
-        assert (one != other).any()
-        one, other = [levels for levels in trained.levels if len(levels) == TINY["num_envs"]]
-        assert one != other
+        assert (trained.first_obs[2] != trained.first_obs[5]).any()
+        assert trained.levels[2] != trained.levels[5]
+    else:
+        assert (trained.first_obs[2] != trained.first_obs[3]).any()
 
 
 def test_levels_of_training_and_tests(trained):
     """(number of environments, number of levels, first level): 500 levels to train, all of them to test."""
-    expected = [(4, 500, 0), (2, 500, 0), (2, 0, 0)] * len(trained.agents)
+    groups = [(2, 500, 0)] * 2 if len(trained.agents) == 1 else [(4, 500, 0)]
+    expected = [(2, 500, 0), (2, 0, 0), *groups] * len(trained.agents)
     assert [options[:3] for options in trained.envs] == expected
 
 
@@ -272,7 +275,7 @@ def test_another_seed_and_no_tests(finished, tmp_path):
     assert not same_weights(one.saved[0]["agent"], other.saved[0]["agent"])
     assert not same_weights(one.first_weights[0], other.first_weights[0])
     assert not {options[-1] for options in one.envs} & {options[-1] for options in other.envs}
-    assert one.levels[0] != other.levels[0]
+    assert one.levels[2] != other.levels[2]
 
 
 @pytest.mark.parametrize(
