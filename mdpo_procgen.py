@@ -270,14 +270,19 @@ METRICS = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac ratio
 METRICS += "mutual_kl grad_norm".split()  # a row of what minibatch_step returns
 
 
+def normalize(advantages):
+    """To mean 0 and standard deviation 1, over a minibatch (B,)."""
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
 def rl_loss(logits, new_values, mb: Batch, args: Args):
     """policy_loss + vf_coef value_loss - ent_coef entropy, and the first seven METRICS, from what the network
-    now says of the minibatch: logits (B, num_actions) and new_values (B,). All scalars."""
+    now says of the minibatch: logits (B, num_actions) and new_values (B,). All scalars. The minibatch's
+    advantages are normalised."""
     logprobs = logits.log_softmax(-1)
     log_ratio = logprobs.gather(-1, mb.actions[:, None]).squeeze(-1) - mb.logprobs
     ratio = log_ratio.exp()
-    advantages = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
-    pg_loss = policy_loss(ratio, advantages, args.clip_coef)
+    pg_loss = policy_loss(ratio, mb.advantages, args.clip_coef)
     v_loss = value_loss(new_values, mb.values, mb.returns, args.clip_coef)
     entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
     approx_kl, deviation = (ratio - 1 - log_ratio).mean(), (ratio - 1).abs()
@@ -324,15 +329,21 @@ def rollout(groups: list[Group]):
                 envs.act(data.actions[step].cpu().numpy().astype(np.int32))  # waits for the device
 
 
-def minibatch_step(loss_function, agents: list[Agent], optimizer, batches: list[Batch], args: Args, mb_inds):
-    """One gradient step on the rows mb_inds of each agent's batch; loss_function is compute_loss. Returns
-    METRICS, a row for each agent."""
-    loss, metrics = loss_function(agents, [Batch(*(x[mb_inds] for x in batch)) for batch in batches], args)
+def minibatch_step(loss_function, agents: list[Agent], optimizer, batches, args: Args, part_size, mb_inds):
+    """One gradient step on the rows mb_inds of each agent's batch; loss_function is compute_loss. It goes
+    through them in parts, for memory's sake, and adds up. Returns METRICS, a row for each agent."""
+    mbs, metrics = [Batch(*(column[mb_inds] for column in batch)) for batch in batches], 0.0
+    mbs = [mb._replace(advantages=normalize(mb.advantages)) for mb in mbs]
     optimizer.zero_grad()
-    loss.backward()
+    for start in range(0, len(mb_inds), part_size):
+        parts = [Batch(*(column[start : start + part_size] for column in mb)) for mb in mbs]
+        part_loss, part_metrics = loss_function(agents, parts, args)
+        share = len(parts[0].obs) / len(mb_inds)
+        (part_loss * share).backward()
+        metrics = metrics + part_metrics.detach() * share
     norms = [nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm) for agent in agents]
     optimizer.step()
-    return torch.cat([metrics.detach(), torch.stack(norms)[:, None]], 1)
+    return torch.cat([metrics, torch.stack(norms)[:, None]], 1)
 
 
 def update(step, args: Args, device) -> np.ndarray:
@@ -541,6 +552,19 @@ def read_checkpoint(path: Path) -> dict:
     return content
 
 
+def read_encoder(path: str) -> tuple[tuple[int, int, int], dict]:
+    """Channels and weights of the encoder in an agent.pt of any of the scripts."""
+    content = read_file(path, "--pretrained-encoder", {"script", "args", "agent"})
+    try:
+        channels = Args(channels=tuple(content["args"]["channels"])).channels
+        encoder = Agent(channels=channels).encoder
+        weights = {k.removeprefix("encoder."): v for k, v in content["agent"].items() if "encoder." in k}
+        encoder.load_state_dict(weights)
+        return channels, weights
+    except Exception:  # a part is missing, or its shape is not what the file says
+        fail(f"--pretrained-encoder cannot use {path}: it has no encoder of the channels that it names")
+
+
 def find_checkpoint(args: Args) -> Path | None:
     """The file that --resume means, None for a new run."""
     if args.resume == "auto":
@@ -644,6 +668,9 @@ def parse_args() -> Args:
 
 def main(args: Args, signals=()):
     """Trains. Once something is in `signals`, stops after the iteration under way."""
+    if args.pretrained_encoder and not args.resume:
+        channels, encoder = read_encoder(args.pretrained_encoder)
+        args = replace(args, channels=channels)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -656,10 +683,6 @@ def main(args: Args, signals=()):
         print("training on the CPU, which is slow: no CUDA device is used", flush=True)
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: glibc is to keep big buffers, since
             ctypes.CDLL(None).mallopt(parameter, 2**30)  # to give them back takes longer than to fill them
-    pretrained = {}
-    if args.pretrained_encoder and not args.resume:
-        pretrained = read_file(args.pretrained_encoder, "--pretrained-encoder", {"script", "args", "agent"})
-        args = replace(args, channels=tuple(pretrained["args"]["channels"]))
     path, checkpoint, _lock = open_run(args)
     args, run_dir, done = replace(args, resume=""), path.parent, checkpoint.get("iteration", 0)
     if args.track:
@@ -670,8 +693,8 @@ def main(args: Args, signals=()):
 
     agents = [Agent(channels=args.channels).to(device) for _ in range(2)]
     for agent in agents:
-        weights = {k: v for k, v in pretrained.get("agent", {}).items() if k.startswith("encoder.")}
-        agent.load_state_dict(agent.state_dict() | weights)
+        if args.pretrained_encoder and not checkpoint:
+            agent.encoder.load_state_dict(encoder)
         agent.encoder.requires_grad_(not args.freeze_encoder)
     parameters = [weight for agent in agents for weight in agent.parameters() if weight.requires_grad]
     lr = torch.tensor(args.learning_rate, device=device)
@@ -693,7 +716,8 @@ def main(args: Args, signals=()):
         folder = run_dir / f"agent_{i + 1}" if len(agents) > 1 else run_dir
         runners.append(Runner(args, agent, policy, i, 2 // len(agents), folder, device, done))
     batches = [runner.batch for runner in runners]
-    step = partial(minibatch_step, loss_function, agents, optimizer, batches, args)
+    part_size = args.minibatch_size if cuda else 256  # what a CPU's caches like
+    step = partial(minibatch_step, loss_function, agents, optimizer, batches, args, part_size)
     for weight in parameters:
         weight.grad = torch.zeros_like(weight)
     optimizer.step()  # by nothing: Adam's moments are there before a graph is captured

@@ -108,9 +108,9 @@ def make_batch(script, size: int, seed: int):
     )
 
 
-def minibatch_step(script, agents, optimizer, batches, args, mb_inds):
-    """The script's own, of its own loss."""
-    return script.minibatch_step(script.compute_loss, agents, optimizer, batches, args, mb_inds)
+def minibatch_step(script, agents, optimizer, batches, args, mb_inds, part_size=4):
+    """The script's own, of its own loss, in parts of which the last may be smaller."""
+    return script.minibatch_step(script.compute_loss, agents, optimizer, batches, args, part_size, mb_inds)
 
 
 class Probe:

@@ -215,7 +215,8 @@ def test_finish_rollout_estimates_advantages(script, tmp_path, monkeypatch, reco
     runner = probe_runner(script, tmp_path, monkeypatch, num_envs=16, num_steps=40)
     torch.manual_seed(0)
     runner.data.values[:] = torch.randn(41, 16)
-    rewards, dones = runner.rewards[:], runner.dones[:] = (each[:41] for each in recorded)
+    rewards, dones = (each[:41] for each in recorded)
+    runner.rewards[:], runner.dones[:] = rewards, dones
     runner.finish_rollout()
     runner.close()
     normalized = script.RewardNormalizer(16, 0.999)(rewards[1:], dones[1:])

@@ -78,12 +78,13 @@ def test_rl_loss_is_made_of_its_parts(script):
     torch.manual_seed(0)
     args = script.Args(ent_coef=0.3, vf_coef=0.7)
     logits, new_values, mb = torch.randn(32, 15), torch.randn(32), make_batch(script, 32, seed=1)
+    advantages = torch.randn(32)
+    mb = mb._replace(advantages=advantages)
     loss, metrics = script.rl_loss(logits, new_values, mb, args)
     metrics = dict(zip(script.METRICS, metrics))
 
     policy = Categorical(logits=logits)
     ratio = (policy.log_prob(mb.actions) - mb.logprobs).exp()
-    advantages = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
     expected = {
         "policy_loss": script.policy_loss(ratio, advantages, args.clip_coef),
         "value_loss": script.value_loss(new_values, mb.values, mb.returns, args.clip_coef),
@@ -163,10 +164,10 @@ def norms(agents):
     return [torch.cat([grad.flatten() for grad in grads]).norm().item() for grads in gradients(agents)]
 
 
-def step_without_moving(script, args, agents, batches):
+def step_without_moving(script, args, agents, batches, **options):
     """A minibatch step that leaves the gradients, and the weights as they were. Returns the metrics' rows."""
     optimizer = torch.optim.SGD([p for agent in agents for p in agent.parameters()], lr=0.0)
-    rows = minibatch_step(script, agents, optimizer, batches, args, MB_INDS)
+    rows = minibatch_step(script, agents, optimizer, batches, args, MB_INDS, **options)
     return [dict(zip(script.METRICS, row.tolist(), strict=True)) for row in rows]
 
 
@@ -178,6 +179,8 @@ def agents_and_batches(script):
 def expected_loss(script, args, agents, batches):
     """Section 2 of the specification, each network run on each minibatch by itself."""
     mbs = [script.Batch(*(column[MB_INDS] for column in batch)) for batch in batches]
+    for mb in mbs:  # over the whole minibatch, of which the script takes parts
+        mb.advantages[:] = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
     losses = []
     for i, mb in enumerate(mbs):
         logits, values = agents[i](mb.obs)
@@ -229,7 +232,7 @@ def test_who_gets_gradient_of_one_kl(mutual, monkeypatch, detach_peer, index):
     args = mutual.Args(device="cpu", ent_coef=0.0, vf_coef=0.0, detach_peer=detach_peer)
     agents, batches = agents_and_batches(mutual)
     batches = [batch._replace(advantages=torch.zeros(SIZE)) for batch in batches]
-    step_without_moving(mutual, args, agents, batches)
+    step_without_moving(mutual, args, agents, batches, part_size=SIZE)
     assert len(kls) == 2
     own, peers = norms(agents)[index], norms(agents)[1 - index]
     assert own > 1e-4
@@ -258,6 +261,18 @@ def test_gradient_norm_is_clipped_for_each_agent_alone(script):
     assert norms(agents) == pytest.approx([bound] * len(agents), rel=1e-4)
 
 
+def test_parts_add_up(script):
+    """Metrics and gradients of a minibatch do not depend on the size of its parts."""
+    agents, batches = agents_and_batches(script)
+    results = []
+    for part_size in (6, 4, 3, 1):
+        args = script.Args(device="cpu", max_grad_norm=1e9)
+        rows = step_without_moving(script, args, agents, batches, part_size=part_size)
+        results.append((rows, gradients(agents)))
+    for rows, grads in results[1:]:
+        torch.testing.assert_close((rows, grads), results[0], rtol=1e-3, atol=1e-5)
+
+
 def test_minibatch_is_the_rows_of_the_index(script, monkeypatch):
     """For both agents the same rows, in the same order."""
     agents, batches = agents_and_batches(script)
@@ -269,7 +284,7 @@ def test_minibatch_is_the_rows_of_the_index(script, monkeypatch):
         return rl_loss(logits, new_values, mb, args)
 
     monkeypatch.setattr(script, "rl_loss", recording)
-    step_without_moving(script, script.Args(device="cpu"), agents, batches)
+    step_without_moving(script, script.Args(device="cpu"), agents, batches, part_size=SIZE)
     assert [each.tolist() for each in rows] == [(MB_INDS + 100.0 * i).tolist() for i in range(len(agents))]
 
 
