@@ -690,6 +690,7 @@ def main(args: Args, signals=()):
             agent.to(memory_format=torch.channels_last)
             agent.encoder.forward = torch.autocast(device.type, torch.bfloat16)(agent.encoder.forward)
     if cuda and args.compile:
+        torch._dynamo.config.suppress_errors = True  # without a C compiler it warns, and runs eagerly
         loss_function = torch.compile(compute_loss)
     if cuda and args.cudagraphs:
         policies = [CudaGraph(policy) for policy in policies]

@@ -7,8 +7,8 @@ and where the time of an iteration goes. Flags that are not the benchmark's go t
 """
 
 import contextlib
-import ctypes
 import importlib
+import multiprocessing
 import os
 import resource
 import sys
@@ -47,12 +47,6 @@ class Args:
             raise ValueError(f"script must be one of {', '.join(SCRIPTS)}, not {self.script}")
         if self.iterations < 1 or self.warmup < 1:
             raise ValueError("--iterations and --warmup must be at least 1")
-
-
-def keep_freed_memory(keep: bool):
-    """What the scripts tell glibc on a CPU, or, for the plain loop, what glibc adapts itself to."""
-    for parameter, default in ((-1, 2**26), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(parameter, 2**30 if keep else default)
 
 
 class PlainLoop:
@@ -141,6 +135,19 @@ class PlainLoop:
         self.losses = [loss.item(), pg_loss.item(), v_loss.item(), entropy.item()]
 
 
+def serve_plain_loop(connection, name: str, args, device: str):
+    """In a process of its own, since the scripts change how this one allocates memory: an iteration for
+    every message, answered by its seconds."""
+    script = importlib.import_module(name)
+    loop = PlainLoop(script, args, torch.device(device), 2 if hasattr(script, "mutual_kl") else 1)
+    while connection.recv():
+        start = time.perf_counter()
+        loop.iteration()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        connection.send(time.perf_counter() - start)
+
+
 class Timed:
     """Environments or a policy with a clock around their calls."""
 
@@ -176,11 +183,13 @@ class Measurement:
         self.script_args.num_iterations = total + 1
         self.script.rollout, self.script.update, self.last = self.rollout, self.update, total
         self.script.Runner.finish_rollout = lambda runner: self.measure("GAE", self.finish, runner)
-        keep_output = contextlib.redirect_stdout(sys.stderr)
+        here, keep_output = Path.cwd(), contextlib.redirect_stdout(sys.stderr)
         try:
-            with tempfile.TemporaryDirectory() as folder, keep_output, contextlib.chdir(folder):
+            with tempfile.TemporaryDirectory() as folder, keep_output:
+                os.chdir(folder)
                 self.script.main(self.script_args)
         finally:
+            os.chdir(here)
             self.script.Runner.finish_rollout = self.finish
             for name, function in self.originals.items():
                 setattr(self.script, name, function)
@@ -210,9 +219,11 @@ class Measurement:
                 for part in PARTS:
                     self.parts[part].append(self.current[part])
         if self.iteration == self.last:
+            if self.args.reference:
+                self.plain_loop.send("")
             self.finish_measuring(groups)
         elif self.args.reference:
-            self.play_plain_loop(len(groups))
+            self.play_plain_loop()
         done = max(0, self.iteration - self.args.warmup)
         if self.iteration >= self.args.warmup and self.iteration < self.last:
             self.phase = self.phases[done // self.args.iterations]
@@ -235,18 +246,16 @@ class Measurement:
         self.step, self.device = step, device
         return self.measure("update", self.originals["update"], step, args, device)
 
-    def play_plain_loop(self, num_groups: int):
+    def play_plain_loop(self):
         if self.iteration == 0:
-            num_agents = 2 if hasattr(self.script, "mutual_kl") else 1
-            device = torch.device("cuda" if self.cuda else "cpu")
-            self.plain_loop = PlainLoop(self.script, self.script_args, device, num_agents)
-        keep_freed_memory(self.cuda)
-        start = time.perf_counter()
-        self.plain_loop.iteration()
-        self.synchronize()
+            context = multiprocessing.get_context("spawn")
+            self.plain_loop, end = context.Pipe()
+            inputs = (end, self.args.script, self.script_args, "cuda" if self.cuda else "cpu")
+            context.Process(target=serve_plain_loop, args=inputs, daemon=True).start()
+        self.plain_loop.send("go")
+        seconds = self.plain_loop.recv()
         if self.iteration:  # the first warms up
-            self.plain_times.append(time.perf_counter() - start)
-        keep_freed_memory(not self.cuda)
+            self.plain_times.append(seconds)
 
     def finish_measuring(self, groups):
         """With all warm and the data in place: environments alone, network alone, a test."""
