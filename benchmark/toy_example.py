@@ -12,10 +12,7 @@ rollout in 4 minibatches, the mean reward as the baseline, and what the map vari
 the same number of iterations: what lies between 0 and 1 there is on its way, or differs between seeds.
 """
 
-import contextlib
-import io
 import os
-import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -27,10 +24,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import check_ranges, fail, parse_args
+
 from mdpo_procgen import Agent, mutual_kl, policy_loss
 
 COLORS = {"red": (255, 0, 0), "cyan": (0, 255, 255)}
@@ -61,17 +59,8 @@ class Args:
     figure: Path = Path("figures/toy_example")  # where the figure goes, as .pdf and .png
 
     def __post_init__(self):
-        for name, low, high in (
-            ("seeds", 1, 1000),
-            ("coin_sizes", 1, 24),
-            ("iterations", 1, 10_000),
-            ("channels", 1, 4096),
-            ("processes", 0, 1000),
-        ):
-            values = np.atleast_1d(getattr(self, name))
-            if not values.size or values.min() < low or values.max() > high:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} must be from {low} to {high}, not {getattr(self, name)}")
+        ranges = {"seeds": (1, 1000), "coin_sizes": (1, 24), "iterations": (1, 10_000), "channels": (1, 4096)}
+        check_ranges(self, ranges | {"processes": (0, 1000)})
 
 
 def make_pictures(coin_size: int) -> torch.Tensor:
@@ -212,26 +201,6 @@ def draw(args: Args, results: np.ndarray):
     plt.close(figure)
 
 
-def fail(message: str):
-    """Ends the process over something that its user can mend: one line and exit status 2."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse_args() -> Args:
-    """Reads the command line; tyro's box of errors becomes one line."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, prog=Path(__file__).name, description=__doc__)
-    except SystemExit as stop:
-        if not (stop.code and box.getvalue()):
-            raise
-        text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
-        message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
-        fail(message.split("; For full helptext")[0])
-
-
 def main(args: Args):
     try:
         args.figure.parent.mkdir(parents=True, exist_ok=True)
@@ -243,4 +212,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(parse_args(Args, __doc__))

@@ -109,14 +109,15 @@ def test_bad_input(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["toy_example.py", *words.split()])
     with pytest.raises(SystemExit) as stop:
-        toy_example.main(toy_example.parse_args())
+        toy_example.main(toy_example.parse_args(toy_example.Args, ""))
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("toy_example.py: error: ") and words.split()[0] in err
     assert not list(tmp_path.iterdir())
 
 
-def test_figure_where_no_folder_can_be(tmp_path, capsys):
+def test_figure_where_no_folder_can_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["toy_example.py"])
     (tmp_path / "file").write_text("kept")
     args = toy_example.Args(figure=tmp_path / "file" / "figure")
     with pytest.raises(SystemExit) as stop:
