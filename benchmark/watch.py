@@ -25,7 +25,7 @@ from command_line import check_ranges, fail, parse_args
 import mdpo_procgen
 
 WIDTH, HEIGHT = 512 + 8, 512 + 72  # of a player's part in a frame: a gap on its right, two lines above it
-GIF_BYTES = 3_000_000
+FRAMES_PER_SECOND, GIF_BYTES = 15, 3_000_000
 GIF_SIZES = [(292, 20), (240, 15), (192, 15), (128, 15), (128, 8), (64, 8), (64, 2)]  # height, seconds
 
 
@@ -35,14 +35,12 @@ class Args:
     episodes: int = 3  # levels to play
     max_steps: int = 300  # longer episodes are cut
     seed: int = 0  # of the levels and of the actions
-    fps: int = 15  # steps in a second of video
     output: Path | None = None  # where it goes, as .mp4 and .gif; by default videos/GAME
 
     def __post_init__(self):
         if not 1 <= len(self.checkpoints) <= 8:
             raise ValueError(f"CHECKPOINTS must be 1 to 8 agent.pt files, not {len(self.checkpoints)}")
-        ranges = {"episodes": (1, 1000), "max_steps": (1, 10_000), "seed": (0, 2**31 - 1)}
-        check_ranges(self, ranges | {"fps": (1, 60)})
+        check_ranges(self, {"episodes": (1, 1000), "max_steps": (1, 10_000), "seed": (0, 2**31 - 1)})
 
 
 class Player:
@@ -59,16 +57,15 @@ class Player:
         except Exception as error:  # torch has many names for a file that is cut short, or no agent
             reason = getattr(error, "strerror", None) or "it is damaged, or no agent.pt"
             fail(f"CHECKPOINTS: cannot read {path}: {reason}")
-        if path.absolute().parent.name.startswith("agent_"):
-            self.name += ", " + path.absolute().parent.name.replace("_", " ")
+        folder = path.absolute().parent.name
+        self.name += ", " + folder.replace("_", " ") if folder.startswith("agent_") else ""
         self.game = (args.env_id, args.distribution_mode)
         levels = {"distribution_mode": args.distribution_mode, "num_levels": 0, "rand_seed": seed}
         self.env = ProcgenGym3Env(1, args.env_id, render_mode="rgb_array", num_threads=0, **levels)
 
     def begin(self):
         """A new episode, on the level that the end of the last one has brought."""
-        self.steps, self.total, self.over = 0, 0.0, False
-        info = self.env.get_info()[0]
+        self.steps, self.total, self.over, info = 0, 0.0, False, self.env.get_info()[0]
         self.picture, self.level = info["rgb"], int(info["level_seed"])
 
     @torch.no_grad()
@@ -102,10 +99,10 @@ def play(args: Args, players: list[Player]):
     for _ in range(args.episodes):
         for player in players:
             player.begin()
-        seconds_over = 0.0
-        while seconds_over < 1:
+        frames_over = 0  # the end stays for a second
+        while frames_over < FRAMES_PER_SECOND:
             yield np.concatenate([player.draw() for player in players], axis=1)
-            seconds_over += all(player.over for player in players) / args.fps
+            frames_over += all(player.over for player in players)
             for player in players:
                 player.step(args.max_steps)
         returns = ", ".join(f"{player.total:g} in {player.steps} steps" for player in players)
@@ -128,12 +125,10 @@ def encode(ffmpeg: str, options: list[str], path: Path, frames=()):
 
 
 def main(args: Args):
-    # imageio-ffmpeg brings a program; its Python part needs an older setuptools.
-    package = importlib.util.find_spec("imageio_ffmpeg")
+    package = importlib.util.find_spec("imageio_ffmpeg")  # not imported: that needs an older setuptools
     brought = Path(package.origin).parent.glob("binaries/ffmpeg-*") if package else []
     ffmpeg = next(map(str, brought), None) or shutil.which("ffmpeg")
-    if not ffmpeg:
-        fail("needs ffmpeg: install it, or imageio-ffmpeg")
+    ffmpeg = ffmpeg or fail("needs ffmpeg: install it, or imageio-ffmpeg")
     torch.manual_seed(args.seed)
     players = [Player(path, args.seed) for path in args.checkpoints]
     games = sorted({" ".join(player.game) for player in players})
@@ -141,7 +136,7 @@ def main(args: Args):
         fail(f"CHECKPOINTS must be of one game in one distribution mode, not {', '.join(games)}")
     output = args.output or Path("videos", players[0].game[0])
     video, gif = (output.with_name(output.name + suffix) for suffix in (".mp4", ".gif"))
-    raw = f"-f rawvideo -pix_fmt rgb24 -s {WIDTH * len(players)}x{HEIGHT} -r {args.fps} -i -"
+    raw = f"-f rawvideo -pix_fmt rgb24 -s {WIDTH * len(players)}x{HEIGHT} -r {FRAMES_PER_SECOND} -i -"
     palette = "split[a][b];[a]palettegen=max_colors=96[p];[b][p]paletteuse=dither=none"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
