@@ -1,0 +1,38 @@
+"""What the command lines of this folder share: errors of one line, and exit status 2."""
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+
+import tyro
+
+
+def fail(message: str):
+    """Ends the process over something that its user can mend."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(args_class, description: str):
+    """Reads sys.argv into a dataclass of tyro's; tyro's box of errors becomes one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(args_class, prog=Path(sys.argv[0]).name, description=description)
+    except SystemExit as stop:
+        if not (stop.code and box.getvalue()):
+            raise
+        text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
+        message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
+        fail(message.split("; For full helptext")[0])
+
+
+def check_ranges(args, ranges: dict[str, tuple[int, int]]):
+    """Raises ValueError for the first field of args that has a number outside of its range, or has none."""
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not numbers or min(numbers) < low or max(numbers) > high:
+            raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
