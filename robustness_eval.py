@@ -6,9 +6,9 @@
 #   "procgen==0.10.7; python_version < '3.11'", "procgen-mirror==0.10.7; python_version >= '3.11'",
 # ]
 # ///
-"""Is a policy robust to what does not matter? Section 5.3 and appendix E.4 of the MDPO paper, and definition 3.6.
+"""Is a policy robust to what does not matter? Section 5.3, appendix E.4 and definition 3.6 of the MDPO paper.
 
-Every checkpoint of a game sees the same observations o of test levels and the same perturbed copies o':
+All checkpoints of a game see the same observations o of test levels and the same perturbed copies o':
 
     random-conv    o' is o under its own random 3x3 convolution, Gaussian weights (table 1, figures 4 and 14)
     color-jitter   brightness, contrast, saturation and hue of o drawn at random (figures 13 and 15)
@@ -34,7 +34,7 @@ import tempfile
 import time
 import zipfile
 from collections import namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,17 +55,12 @@ MODES["memory"] = ["caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"]
 TESTS = {"random-conv": ["random-conv"], "color-jitter": ["color-jitter"]}  # and their perturbations
 TESTS |= {"rendering": ["background", "no-background", "monochrome"], "return": []}
 PERTURBATIONS = [name for names in TESTS.values() for name in names]
-BACKGROUNDS = dict.fromkeys(
-    "climber coinrun jumper miner ninja".split(), 62
-)  # how many a game has in Procgen
+BACKGROUNDS = dict.fromkeys("climber coinrun jumper miner ninja".split(), 62)  # in Procgen's list for a game
 BACKGROUNDS |= dict.fromkeys("bossfight caveflyer starpilot".split(), 13)
 BACKGROUNDS |= dict.fromkeys("dodgeball fruitbot heist leaper maze".split(), 9)
 BACKGROUNDS |= {"bigfish": 7, "plunder": 4, "chaser": 1}
-MEASURES = {
-    "kl": "KL(clean ‖ perturbed), nats",
-    "tv": "total variation",
-    "action_changes": "greedy action changes",
-}
+MEASURES = {"kl": "KL(clean ‖ perturbed), nats", "tv": "total variation distance"}
+MEASURES |= {"action_changes": "share of greedy actions that change"}
 SHOWN_COPIES, TSNE_COPIES = 9, 100  # copies of one observation in the pictures
 
 
@@ -76,7 +71,7 @@ class Args:
     tests: tuple[str, ...] = tuple(TESTS)  # of random-conv, color-jitter, rendering, return
     num_states: int = 200  # observations of each game, as many from each checkpoint's play
     num_copies: int = 20  # perturbed copies of each observation
-    num_episodes: int = 64  # of the return test, clean and under each perturbation
+    num_episodes: int = 64  # of the return test, without and with each perturbation
     seed: int = 1  # of states, perturbations and episodes
     chunk_size: int = 64  # observations in a forward pass, which bounds the memory; more suit a GPU
     output: str = ""  # folder to make, else robustness/{unix_time}
@@ -96,9 +91,7 @@ class Args:
         check(len(self.labels) in (0, count), "labels", f"needs one for each of the {count} --checkpoints")
         known = self.tests and set(self.tests) <= TESTS.keys()
         check(known, "tests", f"must be some of {', '.join(TESTS)}")
-        check(
-            set(self.tests) != {"return"}, "tests", "needs, for return, a test whose perturbations it plays"
-        )
+        check(set(self.tests) != {"return"}, "tests", "needs another test, whose perturbations return plays")
         for names, low, high in (
             ("num_states num_episodes", 2, 2**16),  # one has no standard error
             ("num_copies chunk_size", 1, 2**16),
@@ -113,11 +106,6 @@ class Args:
             found, index = torch.cuda.device_count(), int(self.device[5:] or 0)
             needs = f"needs CUDA device {index}, and PyTorch finds {found}: auto or cpu would do"
             check(index < found, "device", needs)
-
-
-Game = namedtuple("Game", "env_id distribution_mode")
-Checkpoint = namedtuple("Checkpoint", "path label game agent")
-States = namedtuple("States", "obs records")  # uint8 (num, 64, 64, 3), and Procgen's saved state of each
 
 
 class ResidualBlock(nn.Sequential):
@@ -156,6 +144,11 @@ class Agent(nn.Module):
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
 
+Game = namedtuple("Game", "env_id distribution_mode")
+Checkpoint = namedtuple("Checkpoint", "path label game agent")
+States = namedtuple("States", "obs records")  # uint8 (num, 64, 64, 3), and Procgen's saved state of each
+
+
 def fail(message: str):
     """Ends the process over something that its user can mend: one line, the last one, and exit status 2."""
     for bar in list(getattr(tqdm, "_instances", ())):
@@ -165,7 +158,7 @@ def fail(message: str):
 
 
 def read_agent(path: Path, label: str) -> Checkpoint:
-    """The agent of an agent.pt, in float32 on the CPU; the end of the process if the file is anything else."""
+    """The agent of an agent.pt, on the CPU; the end of the process if the file is anything else."""
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError
@@ -173,23 +166,25 @@ def read_agent(path: Path, label: str) -> Checkpoint:
         script, args, weights = (content[key] for key in ("script", "args", "agent"))
         game, channels = Game(args["env_id"], args["distribution_mode"]), args["channels"]
         label = label or script.removesuffix("_procgen").upper()
+        known = game.env_id in MODES.get(game.distribution_mode, ())
     except Exception as error:  # torch has many names for a file that is cut short, or no agent, or code
         reason = getattr(error, "strerror", None) or "it is damaged, or no agent.pt of a training script"
         fail(f"--checkpoints: cannot read {path}: {reason}")
-    if game.env_id not in MODES.get(game.distribution_mode, ()):
+    if not known:
         fail(f"--checkpoints: {path} is for {' '.join(map(str, game))}, which Procgen does not have")
     try:
-        agent = Agent(channels=tuple(channels))
+        agent = Agent(channels=channels)
         agent.load_state_dict(weights)
     except Exception as error:
-        fail(f"--checkpoints: the weights in {path} do not fit: {str(error).splitlines()[-1].strip()}")
+        reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
+        fail(f"--checkpoints: the weights in {path} do not fit its settings: {reason}")
     if not all(weight.isfinite().all() for weight in agent.parameters()):
         fail(f"--checkpoints: the weights in {path} are not all finite")
     return Checkpoint(str(path), label, game, agent.eval())
 
 
 def read_agents(args: Args) -> dict[Game, list[Checkpoint]]:
-    """All agents that --checkpoints names, each once, by game in the order of the command line."""
+    """All agents that --checkpoints names, each once, by game, in the order of the command line."""
     found = {}
     for given, label in zip(args.checkpoints, args.labels or [""] * len(args.checkpoints)):
         paths = sorted(Path(given).rglob("agent.pt")) if Path(given).is_dir() else [Path(given)]
@@ -198,7 +193,7 @@ def read_agents(args: Args) -> dict[Game, list[Checkpoint]]:
         for path in paths:
             found.setdefault(path.resolve(), (path, label))
     games = {}
-    for checkpoint in (read_agent(*each) for each in found.values()):
+    for checkpoint in [read_agent(*each) for each in found.values()]:
         games.setdefault(checkpoint.game, []).append(checkpoint)
     return games
 
@@ -209,7 +204,7 @@ def generator(args: Args, game: Game, *purpose: int) -> np.random.Generator:
     return np.random.default_rng([args.seed, *of_game, *purpose])
 
 
-def make_game(args: Args, game: Game, num: int, rng: np.random.Generator) -> ProcgenGym3Env:
+def make_test_envs(args: Args, game: Game, num: int, rng: np.random.Generator) -> ProcgenGym3Env:
     """Environments on the full distribution of levels."""
     options = {"distribution_mode": game.distribution_mode, "num_levels": 0, "start_level": 0}
     options["num_threads"] = args.num_env_threads or len(os.sched_getaffinity(0))
@@ -217,8 +212,10 @@ def make_game(args: Args, game: Game, num: int, rng: np.random.Generator) -> Pro
 
 
 def progress_bar(game: Game, what: str, total: int, unit: str) -> tqdm:
-    style = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{bar}{r_bar}\n"}
-    return tqdm(desc=f"{game.env_id}, {what}", total=total, unit=unit, **style)
+    """In a terminal; elsewhere a line that says what begins."""
+    if not sys.stderr.isatty():
+        print(f"{game.env_id}: {what}", file=sys.stderr, flush=True)
+    return tqdm(desc=f"{game.env_id}: {what}", total=total, unit=unit, disable=None)
 
 
 def draw_kernels(rng: np.random.Generator, num: int):
@@ -235,23 +232,19 @@ def random_conv(obs, kernels):
 
 
 def draw_jitter(rng: np.random.Generator, num: int):
-    """Factors of brightness, contrast and saturation, in [0.6, 1.4], and turns of the hue, in [-0.5, 0.5], the
-    ranges usual for Procgen (Laskin et al. 2020): float32 (num, 4)."""
+    """Factors of brightness, contrast and saturation, uniform in [0.6, 1.4], and turns of the hue, in
+    [-0.5, 0.5], as Laskin et al. (2020) have it for Procgen: float32 (num, 4)."""
     return torch.from_numpy(rng.uniform((0.6, 0.6, 0.6, -0.5), (1.4, 1.4, 1.4, 0.5), (num, 4))).float()
 
 
 def color_jitter(obs, jitter):
-    """Changes obs, uint8 (B, 64, 64, 3), by jitter (B, 4) in that order (appendix E.4); the hue turns about the
-    grey axis of RGB. Returns float32 (B, 64, 64, 3) in [0, 255]. (1, 1, 1, 0) changes nothing, exactly."""
-
-    def to_gray(images):
-        return images @ images.new_tensor([[0.299], [0.587], [0.114]])
-
+    """Changes obs, uint8 (B, 64, 64, 3), by jitter (B, 4) in its order (appendix E.4). The hue turns about
+    the grey axis of RGB. Returns float32 (B, 64, 64, 3) in [0, 255]; (1, 1, 1, 0) changes nothing, exactly."""
+    luma = torch.tensor([[0.299], [0.587], [0.114]], device=obs.device)
     brightness, contrast, saturation, hue = jitter.T[:, :, None, None, None]
     images = (obs / 255 * brightness).clamp(0, 1)
-    mean = to_gray(images).mean((1, 2), keepdim=True)
-    images = torch.lerp(mean, images, contrast).clamp(0, 1)
-    images = torch.lerp(to_gray(images), images, saturation).clamp(0, 1)
+    images = torch.lerp((images @ luma).mean((1, 2), keepdim=True), images, contrast).clamp(0, 1)
+    images = torch.lerp(images @ luma, images, saturation).clamp(0, 1)
     cos, sin = (2 * math.pi * hue[:, 0]).cos(), (2 * math.pi * hue[:, 0]).sin()
     cross = images.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
     turn = cos * torch.eye(3, device=obs.device) + sin * cross + (1 - cos) / 3  # Rodrigues' formula
@@ -262,8 +255,8 @@ PIXELS = {"random-conv": (draw_kernels, random_conv), "color-jitter": (draw_jitt
 
 
 def rewrite(record: bytes, game: Game, name: str, shift: int) -> bytes:
-    """Procgen's saved state, to be drawn in another way and otherwise the same. `background` takes the one that
-    is `shift` further in Procgen's list, cyclically. Raises ValueError for a record of an unknown layout."""
+    """Procgen's saved state, to be drawn otherwise and to go on just the same. `background` takes the one
+    that is `shift` further in Procgen's list, cyclically. Raises ValueError for a record of another layout."""
 
     def read(at: int) -> int:
         return struct.unpack_from("<i", record, at)[0]
@@ -274,47 +267,38 @@ def rewrite(record: bytes, game: Game, name: str, shift: int) -> bytes:
         at += 8 + read(at + 4)  # the random generators
     at += 64  # rewards, counters, the size of the grid
     index = at + 4 + 124 * read(at) + 4  # after the entities and a flag
-    if not (read(monochrome) == 0 and read(use_backgrounds) == 1 and 0 <= read(index) < count):
-        raise ValueError(
-            "Procgen's saved state is not laid out as in procgen 0.10.7"
-        )  # or worse would follow
-    field, value = {
-        "background": (index, (read(index) + shift) % count),  # one out of range aborts inside Procgen
-        "no-background": (use_backgrounds, 0),
-        "monochrome": (monochrome, 1),
-    }[name]
+    # An index out of range aborts inside Procgen.
+    if (read(monochrome), read(use_backgrounds)) != (0, 1) or not 0 <= read(index) < count:
+        raise ValueError("Procgen's saved state is not laid out as in procgen 0.10.7")
+    new = {"background": (index, (read(index) + shift) % count), "no-background": (use_backgrounds, 0)}
+    field, value = (new | {"monochrome": (monochrome, 1)})[name]
     return record[:field] + struct.pack("<i", value) + record[field + 4 :]
 
 
+def draw_shifts(rng: np.random.Generator, game: Game, num: int, copies: int) -> np.ndarray:
+    """`shift` of `rewrite` for each copy of num states, those of a state all different: (num, copies)."""
+    others = np.arange(1, max(BACKGROUNDS[game.env_id], 2))  # one that is not used where there is no other
+    return rng.permuted(np.tile(others, (num, 1)), axis=1)[:, :copies]
+
+
 def copies_of(name: str, game: Game, num_copies: int) -> int:
-    """How many perturbed copies of an observation there are: a rendering cannot be drawn in many ways."""
-    other_backgrounds = BACKGROUNDS[game.env_id] - 1
-    return {"background": min(num_copies, other_backgrounds), "no-background": 1, "monochrome": 1}.get(
-        name, num_copies
-    )
-
-
-def draw_shifts(rng: np.random.Generator, game: Game, name: str, num: int, copies: int) -> list[int]:
-    """`shift` of `rewrite` for each copy of num states, those of a state all different."""
-    if name != "background":
-        return [0] * (num * copies)
-    others = np.arange(1, BACKGROUNDS[game.env_id])
-    return [shift for _ in range(num) for shift in rng.permutation(others)[:copies].tolist()]
+    """How many of num_copies different copies of an observation there are."""
+    most = {"background": BACKGROUNDS[game.env_id] - 1, "no-background": 1, "monochrome": 1}
+    return min(num_copies, most.get(name, num_copies))
 
 
 def perturbed_copies(name: str, game: Game, states: States, copies: int, args: Args, device):
     """Yields the copies of all states in chunks, state after state: uint8 or float32 (B, 64, 64, 3)."""
     rng = generator(args, game, 1, PERTURBATIONS.index(name))
-    chunks = np.array_split(
-        np.repeat(np.arange(len(states.obs)), copies), -(-len(states.obs) * copies // args.chunk_size)
-    )
+    rows = np.repeat(np.arange(len(states.obs)), copies)
+    chunks = np.array_split(rows, -(-len(rows) // args.chunk_size))
     if name in PIXELS:
         draw, perturb = PIXELS[name]
         for chunk in chunks:
             yield perturb(states.obs[chunk].to(device), draw(rng, len(chunk)).to(device))
     else:
-        shifts = iter(draw_shifts(rng, game, name, len(states.obs), copies))
-        envs = make_game(args, game, len(chunks[0]), rng)
+        envs = make_test_envs(args, game, len(chunks[0]), rng)
+        shifts = iter(draw_shifts(rng, game, len(states.obs), copies).flat)
         for chunk in chunks:
             records = [rewrite(states.records[i], game, name, next(shifts)) for i in chunk]
             envs.set_state(records + records[:1] * (envs.num - len(chunk)))
@@ -329,13 +313,13 @@ def policy_logits(agent: Agent, obs):
 
 
 def sample_actions(agent: Agent, obs, noise: np.ndarray) -> np.ndarray:
-    """Samples the policy at obs (B, 64, 64, 3) by Gumbel noise (B, num_actions): int32 (B,)."""
+    """Samples the policy at obs, (B, 64, 64, 3), by Gumbel noise (B, num_actions): int32 (B,)."""
     return (policy_logits(agent, obs).cpu().numpy() + noise).argmax(1).astype(np.int32)
 
 
 def gather_states(game: Game, agents: list[Agent], args: Args, device) -> States:
-    """What the agents meet on test levels, as many states from each, at random times of up to 64 environments'
-    first 512 steps (more if there are many states)."""
+    """What the agents meet on test levels: as many states from each, at random times of the first 512 steps
+    (more for many states) of up to 64 environments."""
     per_agent = -(-args.num_states // len(agents))
     num = min(per_agent, 64)
     per_env = -(-per_agent // num)
@@ -343,10 +327,10 @@ def gather_states(game: Game, agents: list[Agent], args: Args, device) -> States
     bar = progress_bar(game, "states", per_agent * len(agents), "state")
     for i, agent in enumerate(agents):
         rng = generator(args, game, 0, i)
-        envs = make_game(args, game, num, rng)
+        envs = make_test_envs(args, game, num, rng)
         steps = np.tile(np.arange(max(512, 64 * per_env)), (num, 1))
         times = rng.permuted(steps, axis=1)[:, :per_env]
-        times.T[np.arange(times.size).reshape(per_env, num) >= per_agent] = -1  # more than it has to give
+        times.T[np.arange(times.size).reshape(per_env, num) >= per_agent] = -1  # one too many
         for step in range(times.max() + 1):
             pictures = envs.observe()[1]["rgb"]
             due = np.flatnonzero((times == step).any(1))
@@ -363,7 +347,7 @@ def gather_states(game: Game, agents: list[Agent], args: Args, device) -> States
 
 def divergences(clean_logits, logits):
     """KL(clean || perturbed) in nats, total variation distance (definition 3.6) and whether the greedy action
-    changes, float64 (3, B), of logits (B, num_actions)."""
+    changes: float64 (3, B), of logits (B, num_actions)."""
     clean_logprobs, logprobs = clean_logits.log_softmax(-1), logits.log_softmax(-1)
     clean_probs, probs = clean_logprobs.exp(), logprobs.exp()
     kl = (clean_probs * (clean_logprobs - logprobs)).sum(-1)
@@ -372,63 +356,61 @@ def divergences(clean_logits, logits):
 
 
 def compare(name: str, game: Game, agents: list[Agent], states: States, args: Args, device) -> np.ndarray:
-    """The divergences of each agent on the same copies, (number of agents, 3, number of states, copies)."""
-    copies = copies_of(name, game, args.num_copies)
-    chunks = states.obs.split(args.chunk_size)
+    """The divergences of each agent on the same copies: (number of agents, 3, number of states, copies)."""
+    copies, chunks = copies_of(name, game, args.num_copies), states.obs.split(args.chunk_size)
     clean = [torch.cat([policy_logits(agent, chunk.to(device)) for chunk in chunks]) for agent in agents]
-    results, row = [], 0
-    bar = progress_bar(game, name, len(states.obs) * copies, "copy")
+    clean = torch.stack(clean).repeat_interleave(copies, 1)
+    records, row = [], 0
+    bar = progress_bar(game, name, clean.shape[1], "copy")
     for obs in perturbed_copies(name, game, states, copies, args, device):
-        of = torch.arange(row, row + len(obs), device=device) // copies
+        of_agents = zip(clean[:, row : row + len(obs)], agents)
+        records.append(torch.stack([divergences(c, policy_logits(agent, obs)) for c, agent in of_agents]))
         row += len(obs)
-        pairs = zip(agents, clean)
-        results.append(
-            torch.stack([divergences(c[of], policy_logits(agent, obs)) for agent, c in pairs]).cpu()
-        )
         bar.update(len(obs))
     bar.close()
-    return torch.cat(results, -1).unflatten(-1, (len(states.obs), copies)).numpy()
+    return torch.cat(records, -1).unflatten(-1, (-1, copies)).cpu().numpy()
 
 
-def play_returns(name: str, game: Game, agent: Agent, args: Args, device) -> np.ndarray:
-    """Raw returns of num_episodes whole episodes, each with one perturbation drawn for all its steps: the world
-    looks different, it does not flicker. `clean` has none. Levels and the noise that samples the actions are
-    the same for every agent and perturbation. float64 (num_episodes,)."""
-    num, rng = args.num_episodes, generator(args, game, 2)
-    envs = make_game(args, game, num, rng)
-    if name != "clean":
-        draws = generator(args, game, 3, PERTURBATIONS.index(name))
-        if name in PIXELS:
-            parameters = PIXELS[name][0](draws, num).to(device)
-        else:
-            shifts = draw_shifts(draws, game, name, num, 1)
-            records = zip(envs.get_state(), shifts)
-            envs.set_state([rewrite(record, game, name, shift) for record, shift in records])
-    returns, under_way, actions = np.zeros(num), np.ones(num, bool), np.zeros(num, np.int32)
-    _, obs, _ = envs.observe()
-    bar = progress_bar(game, f"return, {name}", num, "episode")
-    while under_way.any():
-        noise = rng.gumbel(size=(num, 15))
-        rows = np.flatnonzero(under_way)
-        for some in np.array_split(rows, -(-len(rows) // args.chunk_size)):
-            seen = torch.from_numpy(obs["rgb"][some]).to(device)
+def play_returns(name: str, game: Game, agents: list[Agent], args: Args, device) -> np.ndarray:
+    """Raw returns of whole episodes, each under one perturbation drawn for all its steps: the world looks
+    different, it does not flicker. `clean` has none. The levels, and the noise that samples the actions, are
+    the same for every agent and perturbation. float64 (number of agents, num_episodes)."""
+    num, returns = args.num_episodes, np.zeros((len(agents), args.num_episodes))
+    bar = progress_bar(game, f"return, {name}", returns.size, "episode")
+    for agent, agent_returns in zip(agents, returns):
+        rng = generator(args, game, 2)
+        envs = make_test_envs(args, game, num, rng)
+        perturb, parameters = lambda obs, _: obs, torch.zeros(num)
+        if name != "clean":
+            draws = generator(args, game, 3, PERTURBATIONS.index(name))
             if name in PIXELS:
-                seen = PIXELS[name][1](seen, parameters[some])
-            actions[some] = sample_actions(agent, seen, noise[some])
-        envs.act(actions)
-        reward, obs, ended = envs.observe()
-        returns += reward * under_way
-        bar.update(int((under_way & ended).sum()))
-        under_way &= ~ended
+                draw, perturb = PIXELS[name]
+                parameters = draw(draws, num)
+            else:
+                drawn = zip(envs.get_state(), draw_shifts(draws, game, num, 1).flat)
+                envs.set_state([rewrite(record, game, name, shift) for record, shift in drawn])
+        under_way, actions = np.ones(num, bool), np.zeros(num, np.int32)
+        obs = envs.observe()[1]["rgb"]
+        while under_way.any():
+            noise = rng.gumbel(size=(num, 15))
+            rows = np.flatnonzero(under_way)
+            for chunk in np.array_split(rows, -(-len(rows) // args.chunk_size)):
+                seen = perturb(torch.from_numpy(obs[chunk]).to(device), parameters[chunk].to(device))
+                actions[chunk] = sample_actions(agent, seen, noise[chunk])
+            envs.act(actions)
+            reward, obs, ended = envs.observe()
+            obs = obs["rgb"]
+            agent_returns += reward * under_way
+            bar.update(np.sum(under_way & ended))
+            under_way &= ~ended
+        envs.close()
     bar.close()
-    envs.close()
     return returns
 
 
 def summarize(records: np.ndarray) -> dict[str, float]:
-    """Of (number of agents, number of states, copies): the mean and the standard deviation over everything, the
-    standard error over states, since the copies of one are not independent, and the spread, the standard
-    deviation between agents."""
+    """Of (number of agents, number of states, copies): mean and standard deviation over everything, standard
+    error over states, since the copies of one are not independent, and standard deviation between agents."""
     of_states, of_agents = records.mean((0, 2)), records.mean((1, 2))
     error = of_states.std(ddof=1) / len(of_states) ** 0.5
     spread = of_agents.std(ddof=1) if len(of_agents) > 1 else None
@@ -436,45 +418,38 @@ def summarize(records: np.ndarray) -> dict[str, float]:
 
 
 def return_kept(clean: np.ndarray, perturbed: np.ndarray) -> dict[str, float]:
-    """Mean returns, and the share of the clean return that is kept, of (number of agents, number of episodes).
-    Episodes are paired; the standard error is that of a ratio of means. Of a clean return that is not positive
-    there is no share."""
-    result = {"return_clean": clean.mean(), "return_perturbed": perturbed.mean()}
-    result |= dict.fromkeys(("return_kept", "return_kept_standard_error", "return_kept_spread"))
+    """Mean returns, and the share that is kept with the standard error of a ratio of means over paired
+    episodes, of (number of agents, number of episodes). No share of a clean return that is not positive."""
+    kept = error = None
     if clean.mean() > 0:
         kept = perturbed.mean() / clean.mean()
-        residuals = (perturbed - kept * clean).mean(0)
-        error = residuals.std(ddof=1) / len(residuals) ** 0.5 / clean.mean()
-        result |= {"return_kept": kept, "return_kept_standard_error": error}
-        if len(clean) > 1 and (clean.mean(1) > 0).all():
-            result["return_kept_spread"] = (perturbed.mean(1) / clean.mean(1)).std(ddof=1)
-    return result
+        error = (perturbed - kept * clean).mean(0).std(ddof=1) / clean.shape[1] ** 0.5 / clean.mean()
+    returns = {"return_clean": clean.mean(), "return_perturbed": perturbed.mean()}
+    return returns | {"return_kept_mean": kept, "return_kept_standard_error": error}
 
 
 def score(game: Game, checkpoints: list[Checkpoint], states: States, args: Args, device) -> list[dict]:
-    """A row of numbers for each perturbation and each label, followed by one for each of its checkpoints."""
-    agents = [checkpoint.agent for checkpoint in checkpoints]
-    groups = {}
+    """For each perturbation and label a row of numbers over its checkpoints, then one for each of them."""
+    agents, groups = [checkpoint.agent for checkpoint in checkpoints], {}
     for i, checkpoint in enumerate(checkpoints):
         groups.setdefault(checkpoint.label, []).append(i)
-    play = "return" in args.tests
-    clean = play and np.stack([play_returns("clean", game, agent, args, device) for agent in agents])
+    clean = play_returns("clean", game, agents, args, device) if "return" in args.tests else None
     rows = []
     for name in [name for test in TESTS if test in args.tests for name in TESTS[test]]:
         if not copies_of(name, game, args.num_copies):
-            print(f"{game.env_id} has one background: no other to draw")
+            print(f"{game.env_id} has no other background")
             continue
         records = compare(name, game, agents, states, args, device)
-        played = play and np.stack([play_returns(name, game, agent, args, device) for agent in agents])
+        returns = play_returns(name, game, agents, args, device) if "return" in args.tests else None
         for label, members in groups.items():
-            for some in [members] + [[i] for i in members]:
-                path = f"all {len(some)}" if some is members else checkpoints[some[0]].path
+            for some in [members, *([i] for i in members)]:
+                path = "all" if some is members else checkpoints[some[0]].path
                 row = {**game._asdict(), "perturbation": name, "label": label, "checkpoint": path}
                 row |= {"agents": len(some), "states": records.shape[2], "copies": records.shape[3]}
                 for i, measure in enumerate(MEASURES):
-                    row |= {f"{measure}_{key}": value for key, value in summarize(records[some, i]).items()}
-                if play:
-                    row |= {"episodes": args.num_episodes} | return_kept(clean[some], played[some])
+                    row |= {f"{measure}_{key}": x for key, x in summarize(records[some, i]).items()}
+                if returns is not None:
+                    row |= {"episodes": args.num_episodes, **return_kept(clean[some], returns[some])}
                 rows.append({key: x.item() if isinstance(x, np.generic) else x for key, x in row.items()})
     return rows
 
@@ -482,47 +457,42 @@ def score(game: Game, checkpoints: list[Checkpoint], states: States, args: Args,
 def markdown(rows: list[dict]) -> str:
     """The table for a paper: a line for each perturbation and label. ± is one standard error."""
 
-    def cell(row, mean, error=None, scale=1, digits=3):
-        if row.get(mean) is None:
-            return "–"
-        return f"{scale * row[mean]:.{digits}f}" + (f" ± {scale * row[error]:.{digits}f}" if error else "")
+    def cell(row: dict, measure: str, scale: int = 1, digits: int = 3) -> str:
+        if row.get(f"{measure}_mean") is None:
+            return "-"
+        mean, error = scale * row[f"{measure}_mean"], scale * row[f"{measure}_standard_error"]
+        return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
-    titles = "game | perturbation | policy | agents | KL | std | spread of agents | total variation"
-    titles += " | other greedy action, % | return | of clean, %"
-    lines = [f"| {titles} |", "| --- | --- | ---" + " | ---:" * 8 + " |"]
-    for row in rows:
-        if not row["checkpoint"].startswith("all "):
-            continue
+    lines = ["| game | perturbation | policy | agents | KL | its std | between agents | total variation "]
+    lines[0] += "| greedy action changes, % | return | kept, % |"
+    lines.append("| --- | --- | --- |" + " ---: |" * 8)
+    for row in [row for row in rows if row["checkpoint"] == "all"]:
         cells = [f"{row['env_id']}, {row['distribution_mode']}", row["perturbation"], row["label"]]
-        cells += [str(row["agents"]), cell(row, "kl_mean", "kl_standard_error"), cell(row, "kl_std")]
-        cells += [cell(row, "kl_spread"), cell(row, "tv_mean", "tv_standard_error")]
-        cells += [cell(row, "action_changes_mean", "action_changes_standard_error", 100, 1)]
-        cells += [cell(row, "return_perturbed", digits=2)]
-        cells += [cell(row, "return_kept", "return_kept_standard_error", 100, 0)]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells += [f"{row['agents']}", cell(row, "kl"), f"{row['kl_std']:.3f}"]
+        cells += ["-" if row["kl_spread"] is None else f"{row['kl_spread']:.3f}", cell(row, "tv")]
+        cells += [cell(row, "action_changes", 100, 1)]
+        played = "return_clean" in row
+        cells += [f"{row['return_clean']:.2f} → {row['return_perturbed']:.2f}" if played else "-"]
+        lines.append(f"| {' | '.join([*cells, cell(row, 'return_kept', 100, 0)])} |")
     return "\n".join(lines) + "\n"
 
 
 def draw_copies(names: list[str], game: Game, state: States, args: Args) -> Figure:
     """Perturbed copies of one observation (figures 14 and 15)."""
-    args, device = replace(args, num_copies=SHOWN_COPIES), torch.device("cpu")
-    grids, first_row = {}, {"observation": state.obs[0]}
+    first_row, grid = {"observation": state.obs[0]}, {}
     for name in names:
-        copies = copies_of(name, game, args.num_copies)
-        images = copies and torch.cat(list(perturbed_copies(name, game, state, copies, args, device)))
-        if copies == 1:
-            first_row[name] = images[0]
-        elif copies:
-            grids[name] = images
-    grids = {"": first_row.values(), **grids}
-    figure = Figure(figsize=(1.1 * SHOWN_COPIES + 1.3, 1.15 * len(grids) + 0.7), dpi=80, layout="constrained")
-    axes = figure.subplots(len(grids), SHOWN_COPIES, squeeze=False)
-    for row, (name, images) in zip(axes, grids.items()):
-        for axis in row:
-            axis.set_axis_off()
+        copies = copies_of(name, game, SHOWN_COPIES)
+        images = torch.cat([*perturbed_copies(name, game, state, copies, args, torch.device("cpu"))])
+        (first_row if copies == 1 else grid)[name] = images[0] if copies == 1 else images
+    grid = {"": first_row.values(), **grid}
+    figure = Figure(figsize=(1.1 * SHOWN_COPIES + 1.5, 1.15 * len(grid) + 0.7), dpi=80, layout="constrained")
+    axes = figure.subplots(len(grid), SHOWN_COPIES, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, (name, images) in zip(axes, grid.items()):
+        row[0].text(-0.1, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=12)
         for axis, image in zip(row, images):
             axis.imshow(image.round().byte())
-        row[0].text(-0.1, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=12)
     for axis, name in zip(axes[0], first_row):
         axis.set_title(name, fontsize=10)
     figure.suptitle(f"{game.env_id}, {game.distribution_mode}: one observation and its perturbed copies")
@@ -530,28 +500,23 @@ def draw_copies(names: list[str], game: Game, state: States, args: Args) -> Figu
 
 
 @torch.no_grad()
-def draw_tsne(
-    name: str, game: Game, checkpoints: list[Checkpoint], state: States, args: Args, device
-) -> Figure:
-    """t-SNE of what the encoders make of one observation and its copies, all in one embedding (figure 4)."""
+def draw_tsne(name: str, game: Game, checkpoints: list[Checkpoint], state: States, args: Args, device):
+    """t-SNE of what the encoders make of one observation and its copies, in one embedding (figure 4)."""
     copies = copies_of(name, game, TSNE_COPIES)
     images = [state.obs.to(device), *perturbed_copies(name, game, state, copies, args, device)]
-    points = []
-    for checkpoint in checkpoints:
-        points += [checkpoint.agent.encoder(each.permute(0, 3, 1, 2) / 255).cpu() for each in images]
-    perplexity = min(30, (len(checkpoints) * (1 + copies) - 1) / 3)
-    tsne = TSNE(perplexity=perplexity, init="random", random_state=args.seed)
-    embedding = tsne.fit_transform(torch.cat(points).numpy()).reshape(len(checkpoints), 1 + copies, 2)
+    images = [each.permute(0, 3, 1, 2) / 255 for each in images]
+    points = torch.cat([checkpoint.agent.encoder(each) for checkpoint in checkpoints for each in images])
+    tsne = TSNE(perplexity=min(30, (len(points) - 1) / 3), init="random", random_state=args.seed)
+    embedding = tsne.fit_transform(points.cpu().numpy()).reshape(len(checkpoints), 1 + copies, 2)
     figure = Figure(figsize=(7.5, 5), dpi=100, layout="constrained")
-    axis = figure.subplots()
-    names = [checkpoint.label for checkpoint in checkpoints]
-    for i, (label, (clean, *perturbed)) in enumerate(zip(names, embedding)):
-        number = f" {names[: i + 1].count(label)}" if names.count(label) > 1 else ""
-        color = f"C{list(dict.fromkeys(names)).index(label) % 10}"
-        marker = "os^vDP<>Xp"[names[:i].count(label) % 10]
-        axis.scatter(*np.transpose(perturbed), s=22, c=color, marker=marker, alpha=0.6, label=label + number)
+    axis, labels = figure.subplots(), [checkpoint.label for checkpoint in checkpoints]
+    for i, (label, (clean, *perturbed)) in enumerate(zip(labels, embedding)):
+        number, color = labels[:i].count(label), f"C{list(dict.fromkeys(labels)).index(label) % 10}"
+        style = {"c": color, "marker": "os^vDP<>Xp"[number % 10], "alpha": 0.6}
+        legend = f"{label} {number + 1}" if labels.count(label) > 1 else label
+        axis.scatter(*np.transpose(perturbed), s=22, label=legend, **style)
         axis.scatter(*clean, s=320, c=color, marker="*", edgecolors="black", zorder=3)
-    axis.scatter([], [], s=200, c="white", marker="*", edgecolors="black", label="no perturbation")
+    axis.scatter([], [], s=200, c="white", marker="*", edgecolors="black", label="the observation itself")
     axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
     axis.set_title(f"{game.env_id}, {game.distribution_mode}: encoder output, {copies} copies by {name}")
     figure.legend(loc="outside right upper")
@@ -560,44 +525,32 @@ def draw_tsne(
 
 def draw_scores(rows: list[dict]) -> Figure:
     """Bars of the table of one game, with one standard error (the summary of figure 13)."""
-    rows = [row for row in rows if row["checkpoint"].startswith("all ")]
-    panels = {f"{key}_mean": (title, f"{key}_standard_error") for key, title in MEASURES.items()}
-    if any(row.get("return_kept") is not None for row in rows):
-        panels["return_kept"] = ("share of the clean return kept", "return_kept_standard_error")
+    rows = [row for row in rows if row["checkpoint"] == "all"]
+    panels = dict(MEASURES)
+    if any(row.get("return_kept_mean") is not None for row in rows):
+        panels["return_kept"] = "share of the clean return that is kept"
     names, labels = (list(dict.fromkeys(row[key] for row in rows)) for key in ("perturbation", "label"))
     figure = Figure(figsize=(11, 7.5), dpi=100, layout="constrained")
-    for axis, (key, (title, error)) in zip(figure.subplots(2, 2).flat, panels.items()):
+    for axis, (measure, title) in zip(figure.subplots(2, 2).flat, panels.items()):
         for i, label in enumerate(labels):
-            of_label = [row for row in rows if row["label"] == label]
-            heights, errors = ([row[k] for row in of_label] for k in (key, error))
+            bars = [row for row in rows if row["label"] == label]
+            heights, errors = (
+                [row[f"{measure}_{key}"] or 0 for row in bars] for key in ("mean", "standard_error")
+            )
             at = np.arange(len(names)) + (i - (len(labels) - 1) / 2) * 0.8 / len(labels)
             axis.bar(at, heights, 0.8 / len(labels), yerr=errors, capsize=3, label=label)
         axis.set_xticks(range(len(names)), names, rotation=15)
         axis.set_title(title)
     for axis in figure.axes[len(panels) :]:
         axis.remove()
-    figure.axes[0].legend()
-    game = f"{rows[0]['env_id']}, {rows[0]['distribution_mode']}"
-    figure.suptitle(f"{game}: mean ± one standard error over {rows[0]['states']} states")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels))
+    game, number = f"{rows[0]['env_id']}, {rows[0]['distribution_mode']}", rows[0]["states"]
+    figure.suptitle(f"{game}: mean over {number} states, ± one standard error")
     return figure
 
 
-def parse_command_line() -> Args:
-    """tyro's box of errors becomes a line."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, prog=Path(__file__).name, description=__doc__)
-    except SystemExit as stop:
-        if not (stop.code and box.getvalue()):
-            raise
-        text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
-        message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
-        fail(message.split("; For full helptext")[0])
-
-
 def write_results(folder: Path, args: Args, rows: list[dict], table: str, figures: dict[str, Figure]):
-    """The whole folder or nothing."""
+    """Writes the whole folder or nothing."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as unfinished:
         results = Path(unfinished, "results")
         results.mkdir()
@@ -613,28 +566,39 @@ def write_results(folder: Path, args: Args, rows: list[dict], table: str, figure
         results.replace(folder)
 
 
-def write_tensorboard(log_dir: Path, rows: list[dict], figures: dict[str, Figure]):
-    """The same numbers and pictures; a label or a checkpoint is the end of a curve's tag."""
+def write_tensorboard(log_dir: str, rows: list[dict], folder: Path):
+    """The numbers of the table and the pictures in folder."""
     with SummaryWriter(log_dir) as writer:
         for row in rows:
-            game = f"{row['env_id']}_{row['distribution_mode']}/{row['perturbation']}"
-            for key, value in row.items():
-                if isinstance(value, float):
-                    writer.add_scalar(f"{game}/{key}/{row['label']}/{row['checkpoint']}", value)
-        for name, figure in figures.items():
-            picture = io.BytesIO()
-            figure.savefig(picture)
-            picture.seek(0)
-            writer.add_image(name, imread(picture)[..., :3], dataformats="HWC")
+            tag = f"{row['env_id']}_{row['distribution_mode']}/{row['perturbation']}"
+            for key in [key for key, value in row.items() if isinstance(value, float)]:
+                writer.add_scalar(f"{tag}/{key}/{row['label']}/{row['checkpoint']}", row[key])
+        for path in sorted(folder.glob("*.png")):
+            writer.add_image(path.stem, imread(path)[..., :3], dataformats="HWC")
+
+
+def read_command_line() -> Args:
+    """tyro's box of errors becomes a line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, prog=Path(__file__).name, description=__doc__)
+    except SystemExit as stop:
+        if not (stop.code and box.getvalue()):
+            raise
+        text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
+        message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
+        fail(message.split("; For full helptext")[0])
 
 
 def main(args: Args):
-    """Runs the tests, prints the table and writes the folder of results."""
+    """Runs the tests game by game, prints the table and writes the folder."""
     folder = Path(args.output or f"robustness/{int(time.time())}")
     if folder.exists():
-        fail(f"--output {folder} exists: name another folder")
+        fail(f"--output {folder} exists: name a folder that does not")
     games = read_agents(args)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    for each in (folder.parent, *filter(None, [args.log_dir])):  # one that cannot be made costs no work
+        Path(each).mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False  # float32 throughout
     device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
     rows, figures = [], {}
@@ -642,25 +606,23 @@ def main(args: Args):
         agents = [checkpoint.agent.to(device) for checkpoint in checkpoints]
         states = gather_states(game, agents, args, device)
         scores = score(game, checkpoints, states, args, device)
-        names = list(dict.fromkeys(row["perturbation"] for row in scores))
-        shown = States(states.obs[:1], states.records[:1])
-        title = "_".join(game)
-        figures[f"copies_{title}"] = draw_copies(names, game, shown, args)
-        many = [name for name in names if copies_of(name, game, TSNE_COPIES) > 1]
-        if many:
-            figures[f"tsne_{title}"] = draw_tsne(many[0], game, checkpoints, shown, args, device)
-        figures[f"scores_{title}"] = draw_scores(scores)
         rows += scores
+        names = list(dict.fromkeys(row["perturbation"] for row in scores))
+        shown, title = States(states.obs[:1], states.records[:1]), "_".join(game)
+        figures[f"copies_{title}"] = draw_copies(names, game, shown, args)
+        for name in [name for name in names if copies_of(name, game, TSNE_COPIES) > 1][:1]:
+            figures[f"tsne_{title}"] = draw_tsne(name, game, checkpoints, shown, args, device)
+        figures[f"scores_{title}"] = draw_scores(scores)
     table = markdown(rows)
-    print(table)
+    print(f"\n{table}")
     write_results(folder, args, rows, table, figures)
     if args.log_dir:
-        write_tensorboard(Path(args.log_dir), rows, figures)
+        write_tensorboard(args.log_dir, rows, folder)
     print(f"finished: {folder}")
 
 
 if __name__ == "__main__":
     try:
-        main(parse_command_line())
-    except (OSError, ValueError) as error:
-        fail(str(error))
+        main(read_command_line())
+    except OSError as error:
+        fail(f"{error.filename or 'cannot write the results'}: {error.strerror}")
