@@ -239,7 +239,7 @@ def draw_jitter(rng: np.random.Generator, num: int):
 
 def color_jitter(obs, jitter):
     """Changes obs, uint8 (B, 64, 64, 3), by jitter (B, 4) in its order (appendix E.4). The hue turns about
-    the grey axis of RGB. Returns float32 (B, 64, 64, 3) in [0, 255]; (1, 1, 1, 0) changes nothing, exactly."""
+    the grey axis of RGB. Returns float32 (B, 64, 64, 3) in [0, 255]; (1, 1, 1, 0) changes not a bit."""
     luma = torch.tensor([[0.299], [0.587], [0.114]], device=obs.device)
     brightness, contrast, saturation, hue = jitter.T[:, :, None, None, None]
     images = (obs / 255 * brightness).clamp(0, 1)
@@ -256,7 +256,7 @@ PIXELS = {"random-conv": (draw_kernels, random_conv), "color-jitter": (draw_jitt
 
 def rewrite(record: bytes, game: Game, name: str, shift: int) -> bytes:
     """Procgen's saved state, to be drawn otherwise and to go on just the same. `background` takes the one
-    that is `shift` further in Procgen's list, cyclically. Raises ValueError for a record of another layout."""
+    that is `shift` further in Procgen's list, cyclically. ValueError for a record of another layout."""
 
     def read(at: int) -> int:
         return struct.unpack_from("<i", record, at)[0]
@@ -346,17 +346,18 @@ def gather_states(game: Game, agents: list[Agent], args: Args, device) -> States
 
 
 def divergences(clean_logits, logits):
-    """KL(clean || perturbed) in nats, total variation distance (definition 3.6) and whether the greedy action
-    changes: float64 (3, B), of logits (B, num_actions)."""
+    """KL(clean || perturbed) in nats, total variation distance (definition 3.6), whether the greedy action
+    changes, and the entropy of the clean policy: float64 (4, B), of logits (B, num_actions)."""
     clean_logprobs, logprobs = clean_logits.log_softmax(-1), logits.log_softmax(-1)
     clean_probs, probs = clean_logprobs.exp(), logprobs.exp()
     kl = (clean_probs * (clean_logprobs - logprobs)).sum(-1)
     changes = clean_logits.argmax(-1) != logits.argmax(-1)
-    return torch.stack([kl, (clean_probs - probs).abs().sum(-1) / 2, changes.double()])
+    entropy = -(clean_probs * clean_logprobs).sum(-1)
+    return torch.stack([kl, (clean_probs - probs).abs().sum(-1) / 2, changes.double(), entropy])
 
 
 def compare(name: str, game: Game, agents: list[Agent], states: States, args: Args, device) -> np.ndarray:
-    """The divergences of each agent on the same copies: (number of agents, 3, number of states, copies)."""
+    """The divergences of each agent on the same copies: (number of agents, 4, number of states, copies)."""
     copies, chunks = copies_of(name, game, args.num_copies), states.obs.split(args.chunk_size)
     clean = [torch.cat([policy_logits(agent, chunk.to(device)) for chunk in chunks]) for agent in agents]
     clean = torch.stack(clean).repeat_interleave(copies, 1)
@@ -446,7 +447,7 @@ def score(game: Game, checkpoints: list[Checkpoint], states: States, args: Args,
                 path = "all" if some is members else checkpoints[some[0]].path
                 row = {**game._asdict(), "perturbation": name, "label": label, "checkpoint": path}
                 row |= {"agents": len(some), "states": records.shape[2], "copies": records.shape[3]}
-                for i, measure in enumerate(MEASURES):
+                for i, measure in enumerate((*MEASURES, "entropy")):
                     row |= {f"{measure}_{key}": x for key, x in summarize(records[some, i]).items()}
                 if returns is not None:
                     row |= {"episodes": args.num_episodes, **return_kept(clean[some], returns[some])}
@@ -457,19 +458,21 @@ def score(game: Game, checkpoints: list[Checkpoint], states: States, args: Args,
 def markdown(rows: list[dict]) -> str:
     """The table for a paper: a line for each perturbation and label. ± is one standard error."""
 
-    def cell(row: dict, measure: str, scale: int = 1, digits: int = 3) -> str:
+    def cell(row: dict, measure: str, scale: int = 1, digits: int = 4) -> str:
         if row.get(f"{measure}_mean") is None:
             return "-"
         mean, error = scale * row[f"{measure}_mean"], scale * row[f"{measure}_standard_error"]
         return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
-    lines = ["| game | perturbation | policy | agents | KL | its std | between agents | total variation "]
+    lines = [
+        "| game | perturbation | policy | agents | entropy | KL | its std | between agents | total variation "
+    ]
     lines[0] += "| greedy action changes, % | return | kept, % |"
-    lines.append("| --- | --- | --- |" + " ---: |" * 8)
+    lines.append("| --- | --- | --- |" + " ---: |" * 9)
     for row in [row for row in rows if row["checkpoint"] == "all"]:
         cells = [f"{row['env_id']}, {row['distribution_mode']}", row["perturbation"], row["label"]]
-        cells += [f"{row['agents']}", cell(row, "kl"), f"{row['kl_std']:.3f}"]
-        cells += ["-" if row["kl_spread"] is None else f"{row['kl_spread']:.3f}", cell(row, "tv")]
+        cells += [f"{row['agents']}", f"{row['entropy_mean']:.2f}", cell(row, "kl"), f"{row['kl_std']:.4f}"]
+        cells += ["-" if row["kl_spread"] is None else f"{row['kl_spread']:.4f}", cell(row, "tv")]
         cells += [cell(row, "action_changes", 100, 1)]
         played = "return_clean" in row
         cells += [f"{row['return_clean']:.2f} → {row['return_perturbed']:.2f}" if played else "-"]
