@@ -611,7 +611,8 @@ def main(args: Args):
         scores = score(game, checkpoints, states, args, device)
         rows += scores
         names = list(dict.fromkeys(row["perturbation"] for row in scores))
-        shown, title = States(states.obs[:1], states.records[:1]), "_".join(game)
+        i = max(range(len(states.obs)), key=lambda i: states.obs[i].float().std().item())  # none all dark
+        shown, title = States(states.obs[i : i + 1], states.records[i : i + 1]), "_".join(game)
         figures[f"copies_{title}"] = draw_copies(names, game, shown, args)
         for name in [name for name in names if copies_of(name, game, TSNE_COPIES) > 1][:1]:
             figures[f"tsne_{title}"] = draw_tsne(name, game, checkpoints, shown, args, device)
