@@ -1,4 +1,4 @@
-"""The four scripts are one family: the text that they share is the same to the byte."""
+"""The scripts are one family: the text that they share is the same to the byte."""
 
 import ast
 import difflib
@@ -11,6 +11,8 @@ import pytest
 from common import ROOT
 
 NAMES = ("ppo", "spo", "mdpo", "mdspo")
+FILES = [f"{name}_procgen.py" for name in NAMES] + ["robustness_eval.py"]
+PACKAGES = {"sklearn": "scikit-learn"}  # that are imported by another name
 # What makes the algorithm may differ, and only between these scripts.
 BY_OBJECTIVE = {("ppo", "spo"), ("mdpo", "mdspo"), ("ppo", "mdspo"), ("spo", "mdpo")}
 BY_DISTILLATION = {("ppo", "mdpo"), ("spo", "mdspo"), ("ppo", "mdspo"), ("spo", "mdpo")}
@@ -27,9 +29,8 @@ def source(name: str) -> str:
     return (ROOT / f"{name}_procgen.py").read_text()
 
 
-def definitions(name: str) -> dict[str, str]:
+def definitions(text: str) -> dict[str, str]:
     """Source of every function and class at the top level, decorators included."""
-    text = source(name)
     nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     decorators = {node.name: [ast.unparse(each) for each in node.decorator_list] for node in nodes}
     return {node.name: f"{decorators[node.name]}{ast.get_source_segment(text, node)}" for node in nodes}
@@ -47,10 +48,21 @@ def patch(before: str, after: str) -> list[str]:
 
 @pytest.mark.parametrize(("one", "other"), list(combinations(NAMES, 2)))
 def test_one_name_one_source(one, other):
-    ours, theirs = definitions(one), definitions(other)
+    ours, theirs = definitions(source(one)), definitions(source(other))
     assert ours.keys() ^ theirs.keys() == (ONLY_MUTUAL if (one, other) in BY_DISTILLATION else set())
     different = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
     assert different == {name for name, pairs in MAY_DIFFER.items() if (one, other) in pairs}
+
+
+def test_the_robustness_script_has_their_text():
+    """What it shares by name; its settings and its main are its own."""
+    text = (ROOT / "robustness_eval.py").read_text()
+    ours, theirs = definitions(text), definitions(source("ppo"))
+    shared = ours.keys() & theirs.keys() - {"Args", "main"}
+    assert shared >= {"Agent", "ResidualBlock", "fail"}
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+    modes = [re.findall("^MODES.*$", each, re.M) for each in (text, source("ppo"))]
+    assert modes[0] == modes[1] and len(modes[0]) == 3
 
 
 def test_the_two_patches_are_equal():
@@ -81,10 +93,11 @@ def pins(text: str) -> set[str]:
     return {re.sub(r"\s+", "", line) for line in lines if line.strip()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FILES)
 def test_inline_metadata_agrees_with_the_requirements(name):
-    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", source(name), re.M).group(1)
+    text = (ROOT / name).read_text()
+    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", text, re.M).group(1)
     dependencies = re.findall(r'"([^"\n]+)"', block.split("dependencies = ", 1)[1])
     assert pins("\n".join(dependencies)) <= pins((ROOT / "requirements.txt").read_text())
-    imports = re.findall(r"^(?:import|from) (\w+)", source(name), re.M)
-    assert set(imports) - set(sys.stdlib_module_names) <= {re.split("[=;]", pin)[0] for pin in dependencies}
+    imports = {PACKAGES.get(each, each) for each in re.findall(r"^(?:import|from) (\w+)", text, re.M)}
+    assert imports - set(sys.stdlib_module_names) <= {re.split("[=;]", pin)[0] for pin in dependencies}
