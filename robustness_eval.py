@@ -140,7 +140,7 @@ class Agent(nn.Module):
             nn.init.zeros_(head.bias)
 
     def forward(self, obs):
-        hidden = self.encoder(obs.permute(0, 3, 1, 2) / 255)
+        hidden = self.encoder(obs.permute(0, 3, 1, 2) / 255).float()
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
 

@@ -1,5 +1,6 @@
 """The network: sizes, initialisation, and its output against the definition in torch.nn.functional."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -8,8 +9,12 @@ def random_obs(num: int):
     return torch.randint(256, (num, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_number_of_parameters(script):
-    assert sum(parameter.numel() for parameter in script.Agent().parameters()) == 626_256
+@pytest.mark.parametrize(
+    ("channels", "number"),
+    [((16, 32, 32), 626_256), ((32, 64, 64), 1_441_680), ((28, 44, 60), 1_251_192)],  # as in the README
+)
+def test_number_of_parameters(script, channels, number):
+    assert sum(weight.numel() for weight in script.Agent(channels=channels).parameters()) == number
 
 
 def test_order_and_shapes_of_parameters(script):
