@@ -33,6 +33,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields, replace
@@ -83,6 +84,7 @@ class Args:
     detach_peer: bool = False  # distil into the agent alone, without gradient for its peer
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
     channels: tuple[int, int, int] = (16, 32, 32)  # width of the encoder's three stages
+    pretrained_encoder: str = ""  # agent.pt whose encoder, and its channels, to begin with
     freeze_encoder: bool = False  # train actor and critic alone
     num_levels: int = 500  # training levels, 0 for all there are
     start_level: int = 0  # first training level
@@ -94,7 +96,6 @@ class Args:
     final_eval_episodes: int = 512  # episodes of the last test, on each kind of levels
     checkpoint_interval: int = 50  # iterations between checkpoints; every 5 minutes there is one anyway
     resume: str = ""  # run folder or checkpoint to go on from, or auto: the newest run of this name, if any
-    pretrained_encoder: str = ""  # agent.pt whose encoder, and its channels, to begin with
     device: str = "auto"  # cpu, cuda, cuda:N, or auto: CUDA where there is one
     num_env_threads: int = 0  # Procgen's threads, 0 for one a core
     bf16: bool = True  # encoder in bfloat16, on CUDA and on processors that have it
@@ -186,7 +187,7 @@ class PinnedProcgen(ProcgenGym3Env):
     """Observes into one page-locked buffer, from which a GPU copies by itself; `act` overwrites it."""
 
     def _numpy_aligned(self, shape, dtype, align=64):
-        num_bytes, pin = int(np.prod(shape)) * dtype.itemsize, torch.cuda.is_available()
+        num_bytes, pin = int(np.prod(shape)) * dtype.itemsize, torch.cuda.is_initialized()
         memory = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pin)
         return memory.numpy().view(dtype).reshape(shape)
 
@@ -577,7 +578,7 @@ def save_checkpoint(path: Path, args: Args, iteration: int, optimizer, runners: 
     for runner in runners:
         runner.writer.flush()  # no curve on disk ends before the checkpoint does
     name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     generators = [random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state(), cuda]
     content = {"format": 1, "script": Path(__file__).stem, "args": asdict(args), "iteration": iteration}
     content |= {"runners": [runner.state_dict() for runner in runners], "generators": generators}
@@ -587,12 +588,13 @@ def save_checkpoint(path: Path, args: Args, iteration: int, optimizer, runners: 
 def load_checkpoint(content: dict, optimizer, runners: list[Runner]):
     for runner, state in zip(runners, content["runners"], strict=True):
         runner.load_state_dict(state)
-    groups = optimizer.state_dict()["param_groups"]  # what this device needs, not the one before
-    optimizer.load_state_dict({"state": content["optimizer"], "param_groups": groups})
+    for state, saved in zip(optimizer.state.values(), content["optimizer"].values(), strict=True):
+        for name, moment in state.items():
+            moment.copy_(saved[name])  # which keeps the layout that this device and precision need
     *generators, cuda = content["generators"]
     for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), generators):
         restore(state)
-    if cuda is not None and torch.cuda.is_available():
+    if cuda is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(cuda)
 
 
@@ -644,7 +646,7 @@ def parse_args() -> Args:
                 return tyro.cli(Args, prog=Path(__file__).name, description=__doc__, default=default)
         except SystemExit as stop:
             text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
-            message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
+            message = re.sub(" *(─+|-{5,}) *", "; ", " ".join(text.split())).split("Error parsing Args: ")[-1]
             fail(message.split("; For full helptext")[0]) if stop.code else sys.exit(0)
 
     args = parse(Args())
@@ -658,7 +660,8 @@ def parse_args() -> Args:
         names = [field.name for field in fields(Args)]
         for name in names[: names.index("total_timesteps")]:
             if name in saved and getattr(args, name) != saved[name]:
-                fail(f"--{name.replace('_', '-')} must stay {saved[name]}, as in {path}: leave it out")
+                value = "empty" if saved[name] == "" else saved[name]
+                fail(f"--{name.replace('_', '-')} must stay {value}, as in {path}: leave it out")
         args = replace(args, resume="")  # now everything is checked
     except (AttributeError, TypeError, ValueError) as error:
         fail(f"{error}, with the settings in {path}" if path else str(error))
@@ -675,10 +678,11 @@ def main(args: Args, signals=()):
         seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
+    torch.backends.cudnn.allow_tf32 = args.bf16  # off, float32 is float32
     device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
     cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     else:
         print("training on the CPU, which is slow: no CUDA device is used", flush=True)
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: glibc is to keep big buffers, since
@@ -699,6 +703,7 @@ def main(args: Args, signals=()):
     parameters = [weight for agent in agents for weight in agent.parameters() if weight.requires_grad]
     lr = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.Adam(parameters, lr=lr, eps=1e-5, fused=True, capturable=cuda)
+    warnings.filterwarnings("ignore", ".*capturable=True")  # that it also runs uncaptured
 
     # The fast path wraps the functions above: --no-bf16 --no-compile --no-cudagraphs leaves them as they are.
     policies, loss_function = [partial(act, agent) for agent in agents], compute_loss
@@ -719,11 +724,9 @@ def main(args: Args, signals=()):
     batches = [runner.batch for runner in runners]
     part_size = args.minibatch_size if cuda else 256  # what a CPU's caches like
     step = partial(minibatch_step, loss_function, agents, optimizer, batches, args, part_size)
-    for weight in parameters:
-        weight.grad = torch.zeros_like(weight)
-    optimizer.step()  # by nothing: Adam's moments are there before a graph is captured
-    for state in optimizer.state.values():
-        state["step"].zero_()
+    for weight in parameters:  # as Adam does in its first step, which may be inside a graph
+        zeros = [torch.zeros((), device=device), torch.zeros_like(weight), torch.zeros_like(weight)]
+        optimizer.state[weight] = dict(zip(("step", "exp_avg", "exp_avg_sq"), zeros))
     if checkpoint:
         try:
             load_checkpoint(checkpoint, optimizer, runners)

@@ -29,7 +29,7 @@ from torch.distributions import Categorical, kl_divergence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 SCRIPTS = ("ppo_procgen", "spo_procgen", "mdpo_procgen", "mdspo_procgen")
-PARTS = ("environments", "inference", "copies", "GAE", "update", "test", "everything else")
+PARTS = ("environments", "inference", "copies", "GAE", "update", "everything else")
 
 
 @dataclass
@@ -51,8 +51,8 @@ class Args:
 
 class PlainLoop:
     """PPO, or two distilling agents, as CleanRL writes it: float32, eager, environments that step while all
-    else waits, one agent after the other, four environment threads, metrics read in each minibatch. The
-    networks are the script's."""
+    else waits, one agent after the other, four environment threads, metrics read in each minibatch, no
+    cudnn.benchmark. The networks are the script's."""
 
     def __init__(self, script, args, device, num_agents: int):
         self.args, self.device = args, device
@@ -143,8 +143,8 @@ def serve_plain_loop(connection, name: str, args, device: str):
     while connection.recv():
         start = time.perf_counter()
         loop.iteration()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
         connection.send(time.perf_counter() - start)
 
 
@@ -167,8 +167,10 @@ class Timed:
 class Measurement:
     """Runs a script's main with its functions replaced by timed ones."""
 
-    def __init__(self, args: Args, script, script_args):
-        self.args, self.script, self.script_args = args, script, script_args
+    def __init__(self, args: Args, script, script_args, flags: str):
+        self.args, self.script, self.script_args, self.flags = args, script, script_args, flags
+        device = script_args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device)
         self.cuda = script_args.device != "cpu" and torch.cuda.is_available()
         self.phases = ["overall", "parts"] if self.cuda else ["parts"]  # synchronising spoils the overlap
         self.iteration, self.phase, self.start = 0, "warm-up", None
@@ -243,14 +245,14 @@ class Measurement:
             self.current["copies"] = time.perf_counter() - start - known
 
     def update(self, step, args, device):
-        self.step, self.device = step, device
+        self.step = step
         return self.measure("update", self.originals["update"], step, args, device)
 
     def play_plain_loop(self):
         if self.iteration == 0:
             context = multiprocessing.get_context("spawn")
             self.plain_loop, end = context.Pipe()
-            inputs = (end, self.args.script, self.script_args, "cuda" if self.cuda else "cpu")
+            inputs = (end, self.args.script, self.script_args, str(self.device))
             context.Process(target=serve_plain_loop, args=inputs, daemon=True).start()
         self.plain_loop.send("go")
         seconds = self.plain_loop.recv()
@@ -276,6 +278,7 @@ class Measurement:
             self.limits["network alone"] = time.perf_counter() - start
         if self.args.test:
             test_envs = self.script.make_envs(args, args.num_eval_envs, 0, 0, args.seed)
+            groups[0].policy(torch.from_numpy(test_envs.observe()[1]["rgb"]).to(self.device))  # to be warm
             start = time.perf_counter()
             self.script.evaluate(groups[0].policy, test_envs, 1, self.device)
             self.test_time = time.perf_counter() - start
@@ -284,13 +287,12 @@ class Measurement:
     def report(self):
         args, batch = self.script_args, self.script_args.batch_size
         seconds = float(np.median(self.times[self.phases[0]]))
-        print(f"\n{self.args.script}, {args.env_id}, {args.num_envs} x {args.num_steps} steps an iteration")
+        print(f"\n{self.args.script}, {args.env_id}, {args.num_envs} x {args.num_steps} steps, {self.flags}")
         print("| part | ms an iteration | share |\n| --- | --- | --- |")
         total = float(np.median(self.times["parts"]))
         for part in PARTS:
-            if part != "test":
-                each = float(np.median(self.parts[part]))
-                print(f"| {part} | {1e3 * each:.1f} | {each / total:.1%} |")
+            each = float(np.median(self.parts[part]))
+            print(f"| {part} | {1e3 * each:.1f} | {each / total:.1%} |")
         if self.args.test:
             print(f"| test of {args.num_eval_envs} episodes, every 50 | {20 * self.test_time:.1f} | |")
         agents = " for each agent" if hasattr(self.script, "mutual_kl") else ""
@@ -314,7 +316,7 @@ def main():
     print(f"{os.cpu_count()} cores, {machine}, torch {torch.__version__}")
     for game in args.games:
         sys.argv = [f"{args.script}.py", "--env-id", game, "--eval-interval", "0", *rest]
-        measurement = Measurement(args, script, script.parse_args())
+        measurement = Measurement(args, script, script.parse_args(), " ".join(rest) or "no flags")
         measurement.run()
         measurement.report()
 

@@ -129,6 +129,48 @@ def test_adam_starts_from_zero_with_untouched_weights(script, tmp_path, monkeypa
         assert all(torch.equal(runner.agent.state_dict()[name], weights[name]) for name in weights)
 
 
+def test_precision_may_change_when_a_run_goes_on(script, tmp_path, monkeypatch):
+    """Adam's moments come back as saved, in the memory layout of the weights that they are now for: the fused
+    Adam does not look at strides."""
+    read_text = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path: "bf16" if str(path) == "/proc/cpuinfo" else read_text(path)
+    )
+    load, loaded = script.load_checkpoint, []
+
+    def noting(content, optimizer, runners):
+        load(content, optimizer, runners)
+        loaded.append(optimizer.state)
+        for state, saved in zip(optimizer.state.values(), content["optimizer"].values(), strict=True):
+            assert all(torch.equal(state[name], saved[name]) and state[name].any() for name in saved)
+
+    monkeypatch.setattr(script, "load_checkpoint", noting)
+    train(script, tmp_path / "run", bf16=False)
+    run_dir = run_folder(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "run")
+        patch.setattr(script, "make_envs", make_probes)
+        settings = TINY | {"num_envs": 16, "eval_interval": 0, "total_timesteps": 512}
+        script.main(script.Args(**settings, resume=str(run_dir)))
+    for weight, state in loaded[0].items():
+        assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == weight.stride()
+    kernels = [weight for weight in loaded[0] if weight.dim() == 4]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+
+
+@pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:0", 0), ("cuda:3", 3)])
+def test_the_device_is_chosen_by_its_number(script, tmp_path, monkeypatch, name, number):
+    """torch.cuda.set_device takes no device without one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(script, "open_run", lambda args: exit(3))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.Args(**TINY | {"device": name}))
+    assert stop.value.code == 3 and chosen == [number]
+
+
 # Environments
 
 

@@ -319,9 +319,7 @@ def parse(script, folder, *words):
         return script.parse_args()
 
 
-MAY_CHANGE = (
-    "total_timesteps eval_interval final_eval_episodes checkpoint_interval resume pretrained_encoder".split()
-)
+MAY_CHANGE = "total_timesteps eval_interval final_eval_episodes checkpoint_interval resume".split()
 MAY_CHANGE += "device num_env_threads bf16 compile cudagraphs torch_deterministic".split()
 MAY_CHANGE += "track wandb_project_name wandb_entity".split()
 OTHERS = {

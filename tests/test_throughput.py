@@ -24,7 +24,7 @@ def test_table(name, each, tmp_path):
     )
     assert result.returncode == 0 and not list(tmp_path.iterdir()), result.stderr
     for game, text in zip(games, result.stdout.split(f"\n{name}, ")[1:], strict=True):
-        assert text.startswith(f"{game}, 4 x 16 steps")
+        assert text.startswith(f"{game}, 4 x 16 steps, --num-envs 4 ")
         parts = dict(re.findall(r"^\| ([\w ]+) \| (-?[\d.]+) \| ", text, re.M))
         assert {"environments", "inference", "copies", "GAE", "update", "everything else"} == parts.keys()
         assert all(float(milliseconds) >= -0.1 for milliseconds in parts.values())
