@@ -1,0 +1,312 @@
+"""Trains {algorithms} x {games} x {seeds} x {variants} on Ray: on this machine, or on a cluster that Ray knows.
+
+Each run is a process of a training script, started in --output with --resume auto, so its folder is the one that
+the script makes by itself. The same command goes on where it was stopped: finished runs are skipped, interrupted
+ones resumed. What follows `--` goes to every script. A variant is a name and flags of the script; the name becomes
+part of --exp-name, which keeps the variants apart: exp_name is ppo_procgen, or ppo_procgen+NAME.
+
+    python benchmark/sweep.py --algorithms ppo mdpo --games bigfish fruitbot --seeds 1 2 3 --dry-run
+    python benchmark/sweep.py --algorithms ppo --variants "" double="--channels 32 64 64" -- --total-timesteps 25000000
+
+On a cluster every node must see this repository, the Python environment and --output under the same paths.
+"""
+
+import contextlib
+import fcntl
+import importlib
+import io
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from procgen.env import ENV_NAMES
+from tqdm import tqdm
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its authors
+import ray
+
+ROOT = Path(__file__).resolve().parents[1]
+# Flags that do not change what a finished run has learned; any other that differs makes it another run.
+INDIFFERENT = "total_timesteps eval_interval checkpoint_interval resume device num_env_threads".split()
+INDIFFERENT += "torch_deterministic track wandb_project_name wandb_entity".split()
+# A process that asks the kernel to be killed with its parent, and then becomes Python with other arguments.
+LAUNCH = "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"  # PR_SET_PDEATHSIG
+LAUNCH += "if os.getppid() == int(sys.argv[1]): os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+
+
+@dataclass
+class Args:
+    algorithms: tuple[Literal["ppo", "spo", "mdpo", "mdspo"], ...] = ("ppo", "mdpo")  # scripts to run
+    games: tuple[str, ...] = tuple(ENV_NAMES)  # any of the 16
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """one run each"""
+    variants: tuple[str, ...] = ("",)  # each NAME="FLAGS OF THE SCRIPT", or "" for the script as it is
+    output: Path = Path(".")  # folder that gets runs/, and in it the logs of the runs in runs/logs/
+    cpus: int = 2  # cores for each run
+    gpus: float | None = None  # GPUs for each run, may be a fraction; by default 1 if there are any
+    address: str = "local"  # Ray cluster: its address, auto for the one of this machine, local for a new one
+    retries: int = 3  # how often a run goes on whose process or node died
+    steps_per_second: tuple[float, float] = (3200.0, 800.0)
+    """for the estimate, of a single agent and of each agent of a pair; the default is an assumption"""
+    dry_run: bool = False  # print the plan and stop
+
+    def __post_init__(self):
+        for name in ("algorithms", "games", "seeds", "variants"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"--{name} needs one or more different values")
+        for name, low in (("cpus", 1), ("gpus", 0), ("retries", 0)):
+            if not low <= (getattr(self, name) or low) <= 1000:
+                raise ValueError(f"--{name} must be from {low} to 1000, not {getattr(self, name)}")
+        if not all(0 < speed < float("inf") for speed in self.steps_per_second):
+            raise ValueError("--steps-per-second must be above 0")
+        for variant in self.variants:
+            if variant and not re.fullmatch(r"[\w.+-]+=.*", variant):
+                raise ValueError(f'--variants must be NAME="FLAGS OF THE SCRIPT" or "", not {variant}')
+
+
+@dataclass
+class Run:
+    name: str  # of its folder, without the time
+    command: list[str]  # script and flags
+    settings: dict  # the script's Args
+    steps: int  # of each agent
+    hours: float  # as estimated
+    state: str = "new"  # or interrupted, or finished
+
+
+def fail(message: str):
+    """Ends the process over something that its user can mend: one line and exit status 2."""
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(kind, words: list[str], where: str = ""):
+    """tyro's reading of the words as the dataclass `kind`; its box of errors becomes one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, args=words, prog=Path(__file__).name, description=__doc__)
+    except SystemExit as stop:
+        if not (stop.code and box.getvalue()):
+            raise
+        text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
+        message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
+        fail(where + message.split("; For full helptext")[0])
+
+
+def make_plan(args: Args, extra: list[str]) -> list[Run]:
+    """All runs with their states. `extra` are flags for every script."""
+    runs = []
+    sys.path.insert(0, str(ROOT))
+    for variant, game, algorithm, seed in product(args.variants, args.games, args.algorithms, args.seeds):
+        label, _, flags = variant.partition("=")
+        words = [*extra, *shlex.split(flags)]
+        for word in words:
+            name = re.split("[= ]", word)[0].replace("_", "-")
+            if name in ("--env-id", "--seed", "--exp-name", "--resume", "--help", "-h"):
+                fail(f"{name} is not for the flags of the scripts: the sweep sets it")
+        script = f"{algorithm}_procgen"
+        exp_name = f"{script}+{label}" if label else script
+        words += ["--env-id", game, "--exp-name", exp_name, "--seed", str(seed)]
+        settings = asdict(parse(importlib.import_module(script).Args, words, f"{script}.py: "))
+        if not settings["eval_interval"]:
+            fail("--eval-interval 0 is not for a sweep, which knows finished runs by their final test")
+        if not any(word.startswith(("--num-env-threads", "--num_env_threads")) for word in words):
+            words += ["--num-env-threads", str(args.cpus)]
+        batch_size = settings["num_envs"] * settings["num_steps"]
+        steps = settings["total_timesteps"] // batch_size * batch_size
+        hours = steps / args.steps_per_second[algorithm.startswith("md")] / 3600
+        name, command = (
+            f"{game}__{exp_name}__{seed}",
+            [str(ROOT / f"{script}.py"), *words, "--resume", "auto"],
+        )
+        runs.append(Run(name, command, json.loads(json.dumps(settings)), steps, hours))
+        runs[-1].state = find_state(runs[-1], args.output)
+    return runs
+
+
+def find_state(run: Run, output: Path) -> str:
+    """new, interrupted or finished; the end of the process if what is finished had other settings."""
+    state = "new"
+    for folder in (output / "runs").glob(f"{run.name}__*"):
+        if folder.name.rpartition("__")[0] != run.name or not (folder / "checkpoint.pt").exists():
+            continue
+        state = "interrupted" if state == "new" else state
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+            content = json.loads((folder / "final_test.json").read_text())
+            for name, value in content["args"].items():
+                if name not in INDIFFERENT and run.settings.get(name, value) != value:
+                    flag = f"--{name.replace('_', '-')}"
+                    fail(
+                        f"{folder} was made with {flag} {value}, not {run.settings[name]}: name the new runs "
+                        'with --variants NAME="FLAGS", or take another --output'
+                    )
+            state = "finished" if content["global_step"] >= run.steps else state
+    return state
+
+
+def print_plan(runs: list[Run], args: Args):
+    width = max(len(run.name) for run in runs)
+    print(f"{'run':{width}}  {'state':11}  {'million steps':>13}  {'hours':>7}")
+    for run in runs:
+        print(f"{run.name:{width}}  {run.state:11}  {run.steps / 1e6:13,.2f}  {run.hours:7.2f}")
+    states = Counter(run.state for run in runs)
+    todo = [run for run in runs if run.state != "finished"]
+    hours, single, pair = sum(run.hours for run in todo), *args.steps_per_second
+    print(", ".join(f"{states[state]} {state}" for state in ("finished", "interrupted", "new")))
+    print(f"to do: at most {hours:,.1f} hours of runs, each on {args.cpus} cores", end="")
+    print(f" and {args.gpus:g} GPUs: {hours * args.gpus:,.1f} GPU hours" if args.gpus else "")
+    print(
+        f"assumed: {single:,g} steps a second of a single agent, {pair:,g} of each agent of a pair, whatever"
+    )
+    print("the settings; see charts/SPS of a run on your machine, and give --steps-per-second", flush=True)
+
+
+def last_line(log: Path, start: int = 0) -> str:
+    """The last line of a log that is not blank; nothing of what was written before the byte `start`."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - 2000))
+        lines = re.split(r"[\r\n]+", file.read().decode(errors="replace").strip())
+        return lines[-1].strip()
+    return ""
+
+
+def train(run: Run, output: Path, log: Path) -> tuple[int, str]:
+    """A Ray task: runs the script to its end. Returns its exit status and its last line. Raises
+    ChildProcessError, upon which Ray tries again, if a signal killed it."""
+    with log.open("ab") as file:
+        # The process inherits the lock, so that no second one begins before it ends, wherever that is.
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(1)
+        file.write(f"\nstarted on {socket.gethostname()}: {shlex.join(run.command)}\n".encode())
+        file.flush()
+        command = [sys.executable, "-c", LAUNCH, str(os.getpid()), *run.command]
+        options = {"cwd": output, "stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+        process = subprocess.Popen(command, **options)
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)  # Ray cancels between two instructions of Python: process.wait() would not notice
+    except KeyboardInterrupt:
+        process.terminate()  # the script finishes its iteration and saves
+        process.wait()
+        raise
+    if process.returncode < 0:
+        raise ChildProcessError(f"killed by {signal.Signals(-process.returncode).name}")
+    return process.returncode, last_line(log)
+
+
+def start_ray(args: Args) -> float:
+    """Joins or makes the cluster. Returns the GPUs for each run."""
+    local = {"include_dashboard": False, "object_store_memory": 10**8} if args.address == "local" else {}
+    try:
+        ray.init(address=args.address, log_to_driver=False, logging_level=logging.CRITICAL, **local)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        fail(f"--address {args.address}: {' '.join(str(error).split())}")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = {kind: max(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+    gpus = min(1, most["GPU"]) if args.gpus is None else args.gpus
+    for flag, asked, found in (("--cpus", args.cpus, most["CPU"]), ("--gpus", gpus, most["GPU"])):
+        if asked > found:
+            ray.shutdown()
+            fail(f"{flag} {asked:g} is more than any machine has: at most {found:g}")
+    return gpus
+
+
+def run_all(runs: list[Run], args: Args, gpus: float, signals: list[int]) -> dict[str, str]:
+    """Trains, with a line for each run at work and a bar for the whole. Returns {run: why it did not finish}."""
+    logs = args.output / "runs" / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    resources = {"num_cpus": args.cpus, "num_gpus": gpus}
+    task = ray.remote(max_retries=args.retries, retry_exceptions=[ChildProcessError], **resources)(train)
+    paths = {run.name: logs / f"{run.name}.log" for run in runs}
+    starts = {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
+    refs = {task.options(name=run.name).remote(run, args.output, paths[run.name]): run for run in runs}
+    waiting, lines, failed, cancelled = dict(refs), {}, {}, False
+    tty = sys.stderr.isatty()
+    style = {} if tty else {"mininterval": 60}
+    bar_format = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]" + ("" if tty else "\n")
+    bar = tqdm(total=len(runs), bar_format=bar_format, desc="starting", **style)
+    say = partial(bar.write if tty else print, file=sys.stderr)
+    while waiting:
+        for ref in ray.wait(list(waiting), num_returns=len(waiting), timeout=1)[0]:
+            run = waiting.pop(ref)
+            try:
+                status, message = ray.get(ref)
+                reason = f"exit status {status}: {message}" if status else ""
+            except ray.exceptions.TaskCancelledError:
+                reason = "stopped"
+            except ray.exceptions.RayError as error:
+                reason = f"died {args.retries + 1} times: {str(error).strip().splitlines()[-1]}"
+            failed |= {run.name: reason} if reason else {}
+            if run.name in lines:
+                lines.pop(run.name).close()
+            say(f"{run.name}: {reason or message}")
+        for run in waiting.values():
+            text = last_line(paths[run.name], starts[run.name])
+            if text and run.name not in lines:
+                lines[run.name] = tqdm(bar_format="{desc}", leave=False, disable=not tty)
+                say(f"{run.name}: {text.partition(': ')[0]}")
+            if text:
+                lines[run.name].set_description_str(f"  {run.name}: {text}")
+                lines[run.name].fraction = int((re.findall(r"(\d+)%", text) or ["0"])[-1]) / 100
+        finished = len(runs) - len(waiting) - len(failed)
+        counts = f"{finished} finished, {len(lines)} running, {len(waiting) - len(lines)} waiting"
+        bar.set_description_str(f"{counts}, {len(failed)} not finished", refresh=False)
+        bar.update(finished + sum(line.fraction for line in lines.values()) - bar.n)
+        if signals and not cancelled:
+            cancelled = True
+            for ref in waiting:
+                ray.cancel(ref)
+    bar.close()
+    return failed
+
+
+def main(args: Args, extra: list[str]):
+    args.output = args.output.resolve()
+    runs = make_plan(args, extra)
+    print_plan(runs, args)
+    todo = [run for run in runs if run.state != "finished"]
+    if args.dry_run or not todo:
+        return
+    gpus = start_ray(args)
+    signals = []
+
+    def catch(signum, frame):
+        signals.append(signum)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print("\nstopping: each run finishes its iteration; once more stops at once", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
+    failed = run_all(todo, args, gpus, signals)
+    ray.shutdown()
+    print(f"{len(todo) - len(failed)} of {len(todo)} finished, in {args.output / 'runs'}")
+    if failed:
+        print("the same command goes on with the others; what they said is in runs/logs/")
+        sys.exit(128 + signals[0] if signals else 1)
+
+
+if __name__ == "__main__":
+    words, extra = sys.argv[1:], []
+    if "--" in words:
+        words, extra = words[: words.index("--")], words[words.index("--") + 1 :]
+    main(parse(Args, words), extra)
