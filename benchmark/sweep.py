@@ -1,12 +1,12 @@
-"""Trains {algorithms} x {games} x {seeds} x {variants} on Ray: on this machine, or on a cluster that Ray knows.
+"""Trains {algorithms} x {games} x {seeds} x {variants} on Ray: this machine, or a cluster that Ray knows.
 
-Each run is a process of a training script, started in --output with --resume auto, so its folder is the one that
-the script makes by itself. The same command goes on where it was stopped: finished runs are skipped, interrupted
-ones resumed. What follows `--` goes to every script. A variant is a name and flags of the script; the name becomes
-part of --exp-name, which keeps the variants apart: exp_name is ppo_procgen, or ppo_procgen+NAME.
+Each run is a process of a training script, started in --output with --resume auto, so that its folder is the
+one that the script makes by itself. The same command goes on where it was stopped: finished runs are skipped,
+interrupted ones resumed. What follows `--` goes to every script. A variant is a name and flags of the script;
+its --exp-name, by which runs are told apart, is ppo_procgen+NAME in place of ppo_procgen.
 
     python benchmark/sweep.py --algorithms ppo mdpo --games bigfish fruitbot --seeds 1 2 3 --dry-run
-    python benchmark/sweep.py --algorithms ppo --variants "" double="--channels 32 64 64" -- --total-timesteps 25000000
+    python benchmark/sweep.py --variants "" wide="--channels 32 64 64" -- --total-timesteps 25000000
 
 On a cluster every node must see this repository, the Python environment and --output under the same paths.
 """
@@ -58,7 +58,7 @@ class Args:
     output: Path = Path(".")  # folder that gets runs/, and in it the logs of the runs in runs/logs/
     cpus: int = 2  # cores for each run
     gpus: float | None = None  # GPUs for each run, may be a fraction; by default 1 if there are any
-    address: str = "local"  # Ray cluster: its address, auto for the one of this machine, local for a new one
+    address: str = "local"  # HOST:PORT of a Ray cluster, auto for that of this machine, local for a new one
     retries: int = 3  # how often a run goes on whose process or node died
     steps_per_second: tuple[float, float] = (3200.0, 800.0)
     """for the estimate, of a single agent and of each agent of a pair; the default is an assumption"""
@@ -72,6 +72,10 @@ class Args:
         for name, low in (("cpus", 1), ("gpus", 0), ("retries", 0)):
             if not low <= (getattr(self, name) or low) <= 1000:
                 raise ValueError(f"--{name} must be from {low} to 1000, not {getattr(self, name)}")
+        if (self.gpus or 0) > 1 and self.gpus % 1:
+            raise ValueError(f"--gpus must be a fraction or a whole number, not {self.gpus}")
+        if not re.fullmatch(r"local|auto|[\w.-]+:\d+", self.address):
+            raise ValueError(f"--address must be HOST:PORT, auto or local, not {self.address}")
         if not all(0 < speed < float("inf") for speed in self.steps_per_second):
             raise ValueError("--steps-per-second must be above 0")
         for variant in self.variants:
@@ -217,8 +221,10 @@ def start_ray(args: Args) -> float:
     """Joins or makes the cluster. Returns the GPUs for each run."""
     local = {"include_dashboard": False, "object_store_memory": 10**8} if args.address == "local" else {}
     try:
+        if ":" in args.address:  # Ray tries for minutes
+            socket.create_connection(args.address.split(":"), timeout=5).close()
         ray.init(address=args.address, log_to_driver=False, logging_level=logging.CRITICAL, **local)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         fail(f"--address {args.address}: {' '.join(str(error).split())}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most = {kind: max(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
@@ -231,7 +237,7 @@ def start_ray(args: Args) -> float:
 
 
 def run_all(runs: list[Run], args: Args, gpus: float, signals: list[int]) -> dict[str, str]:
-    """Trains, with a line for each run at work and a bar for the whole. Returns {run: why it did not finish}."""
+    """Trains, with a line for each run at work and a bar for all. Returns {run: why it did not finish}."""
     logs = args.output / "runs" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     resources = {"num_cpus": args.cpus, "num_gpus": gpus}
