@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Flags that do not change what a finished run has learned; any other that differs makes it another run.
 INDIFFERENT = "total_timesteps eval_interval checkpoint_interval resume device num_env_threads".split()
 INDIFFERENT += "torch_deterministic track wandb_project_name wandb_entity".split()
+SET_HERE = {"--env-id", "--seed", "--exp-name", "--resume"}
 # A process that asks the kernel to be killed with its parent, and then becomes Python with other arguments.
 LAUNCH = "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"  # PR_SET_PDEATHSIG
 LAUNCH += "if os.getppid() == int(sys.argv[1]): os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
@@ -52,8 +53,7 @@ LAUNCH += "if os.getppid() == int(sys.argv[1]): os.execv(sys.executable, [sys.ex
 class Args:
     algorithms: tuple[Literal["ppo", "spo", "mdpo", "mdspo"], ...] = ("ppo", "mdpo")  # scripts to run
     games: tuple[str, ...] = tuple(ENV_NAMES)  # any of the 16
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """one run each"""
+    seeds: tuple[int, ...] = (1, 2, 3)  # of everything random in a run
     variants: tuple[str, ...] = ("",)  # each NAME="FLAGS OF THE SCRIPT", or "" for the script as it is
     output: Path = Path(".")  # folder that gets runs/, and in it the logs of the runs in runs/logs/
     cpus: int = 2  # cores for each run
@@ -77,20 +77,18 @@ class Args:
         if not re.fullmatch(r"local|auto|[\w.-]+:\d+", self.address):
             raise ValueError(f"--address must be HOST:PORT, auto or local, not {self.address}")
         if not all(0 < speed < float("inf") for speed in self.steps_per_second):
-            raise ValueError("--steps-per-second must be above 0")
-        for variant in self.variants:
-            if variant and not re.fullmatch(r"[\w.+-]+=.*", variant):
-                raise ValueError(f'--variants must be NAME="FLAGS OF THE SCRIPT" or "", not {variant}')
+            raise ValueError("--steps-per-second must be two numbers above 0")
+        if wrong := [each for each in self.variants if not re.fullmatch(r"|[\w.+-]+=.*", each)]:
+            raise ValueError(f"--variants must each be NAME=FLAGS or empty, not {wrong[0]}")
 
 
 @dataclass
 class Run:
     name: str  # of its folder, without the time
     command: list[str]  # script and flags
-    settings: dict  # the script's Args
     steps: int  # of each agent
     hours: float  # as estimated
-    state: str = "new"  # or interrupted, or finished
+    state: str  # new, interrupted or finished
 
 
 def fail(message: str):
@@ -119,66 +117,56 @@ def make_plan(args: Args, extra: list[str]) -> list[Run]:
     sys.path.insert(0, str(ROOT))
     for variant, game, algorithm, seed in product(args.variants, args.games, args.algorithms, args.seeds):
         label, _, flags = variant.partition("=")
-        words = [*extra, *shlex.split(flags)]
-        for word in words:
-            name = re.split("[= ]", word)[0].replace("_", "-")
-            if name in ("--env-id", "--seed", "--exp-name", "--resume", "--help", "-h"):
-                fail(f"{name} is not for the flags of the scripts: the sweep sets it")
+        words = ["--num-env-threads", str(args.cpus), *extra, *flags.split()]
+        if own := SET_HERE & {re.split("[= ]", word)[0].replace("_", "-") for word in words}:
+            fail(f"{min(own)} is not for the flags of the scripts, since the sweep sets it")
         script = f"{algorithm}_procgen"
         exp_name = f"{script}+{label}" if label else script
         words += ["--env-id", game, "--exp-name", exp_name, "--seed", str(seed)]
         settings = asdict(parse(importlib.import_module(script).Args, words, f"{script}.py: "))
+        settings = json.loads(json.dumps(settings))  # as final_test.json has them
         if not settings["eval_interval"]:
             fail("--eval-interval 0 is not for a sweep, which knows finished runs by their final test")
-        if not any(word.startswith(("--num-env-threads", "--num_env_threads")) for word in words):
-            words += ["--num-env-threads", str(args.cpus)]
-        batch_size = settings["num_envs"] * settings["num_steps"]
-        steps = settings["total_timesteps"] // batch_size * batch_size
+        steps = settings["total_timesteps"]
+        steps -= steps % (settings["num_envs"] * settings["num_steps"])
         hours = steps / args.steps_per_second[algorithm.startswith("md")] / 3600
-        name, command = (
-            f"{game}__{exp_name}__{seed}",
-            [str(ROOT / f"{script}.py"), *words, "--resume", "auto"],
-        )
-        runs.append(Run(name, command, json.loads(json.dumps(settings)), steps, hours))
-        runs[-1].state = find_state(runs[-1], args.output)
+        command = [str(ROOT / f"{script}.py"), *words, "--resume", "auto"]
+        name = f"{game}__{exp_name}__{seed}"
+        runs.append(Run(name, command, steps, hours, find_state(name, settings, steps, args.output)))
     return runs
 
 
-def find_state(run: Run, output: Path) -> str:
+def find_state(run_name: str, settings: dict, steps: int, output: Path) -> str:
     """new, interrupted or finished; the end of the process if what is finished had other settings."""
-    state = "new"
-    for folder in (output / "runs").glob(f"{run.name}__*"):
-        if folder.name.rpartition("__")[0] != run.name or not (folder / "checkpoint.pt").exists():
+    states = {"new"}
+    for folder in (output / "runs").glob(f"{run_name}__*"):
+        if folder.name.rpartition("__")[0] != run_name:
             continue
-        state = "interrupted" if state == "new" else state
+        if (folder / "checkpoint.pt").exists():
+            states.add("interrupted")
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
             content = json.loads((folder / "final_test.json").read_text())
             for name, value in content["args"].items():
-                if name not in INDIFFERENT and run.settings.get(name, value) != value:
-                    flag = f"--{name.replace('_', '-')}"
-                    fail(
-                        f"{folder} was made with {flag} {value}, not {run.settings[name]}: name the new runs "
-                        'with --variants NAME="FLAGS", or take another --output'
-                    )
-            state = "finished" if content["global_step"] >= run.steps else state
-    return state
+                if name not in INDIFFERENT and settings.get(name, value) != value:
+                    made = f"{folder} was made with --{name.replace('_', '-')} {value}"
+                    fail(f"{made}, not {settings[name]}: take --variants NAME=FLAGS or another --output")
+            if content["global_step"] >= steps:
+                states.add("finished")
+    return min(states, key="finished interrupted new".split().index)
 
 
-def print_plan(runs: list[Run], args: Args):
+def print_plan(runs: list[Run], todo: list[Run], args: Args):
     width = max(len(run.name) for run in runs)
     print(f"{'run':{width}}  {'state':11}  {'million steps':>13}  {'hours':>7}")
     for run in runs:
         print(f"{run.name:{width}}  {run.state:11}  {run.steps / 1e6:13,.2f}  {run.hours:7.2f}")
     states = Counter(run.state for run in runs)
-    todo = [run for run in runs if run.state != "finished"]
     hours, single, pair = sum(run.hours for run in todo), *args.steps_per_second
     print(", ".join(f"{states[state]} {state}" for state in ("finished", "interrupted", "new")))
-    print(f"to do: at most {hours:,.1f} hours of runs, each on {args.cpus} cores", end="")
-    print(f" and {args.gpus:g} GPUs: {hours * args.gpus:,.1f} GPU hours" if args.gpus else "")
-    print(
-        f"assumed: {single:,g} steps a second of a single agent, {pair:,g} of each agent of a pair, whatever"
-    )
-    print("the settings; see charts/SPS of a run on your machine, and give --steps-per-second", flush=True)
+    gpus = f" and {args.gpus:g} GPUs: {hours * args.gpus:,.1f} GPU hours" if args.gpus else ""
+    print(f"to do: at most {hours:,.1f} hours of runs, each on {args.cpus} cores{gpus}")
+    print(f"assumed: {single:,g} steps a second for a single agent, {pair:,g} for each agent of a pair,")
+    print("whatever the settings; read charts/SPS of a run here and give --steps-per-second", flush=True)
 
 
 def last_line(log: Path, start: int = 0) -> str:
@@ -244,12 +232,10 @@ def run_all(runs: list[Run], args: Args, gpus: float, signals: list[int]) -> dic
     task = ray.remote(max_retries=args.retries, retry_exceptions=[ChildProcessError], **resources)(train)
     paths = {run.name: logs / f"{run.name}.log" for run in runs}
     starts = {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
-    refs = {task.options(name=run.name).remote(run, args.output, paths[run.name]): run for run in runs}
-    waiting, lines, failed, cancelled = dict(refs), {}, {}, False
-    tty = sys.stderr.isatty()
-    style = {} if tty else {"mininterval": 60}
-    bar_format = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]" + ("" if tty else "\n")
-    bar = tqdm(total=len(runs), bar_format=bar_format, desc="starting", **style)
+    waiting = {task.options(name=run.name).remote(run, args.output, paths[run.name]): run for run in runs}
+    lines, failed, cancelled, tty = {}, {}, False, sys.stderr.isatty()
+    bar_format = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]" + "\n" * (not tty)
+    bar = tqdm(total=len(runs), desc="starting", bar_format=bar_format, mininterval=0.1 if tty else 60)
     say = partial(bar.write if tty else print, file=sys.stderr)
     while waiting:
         for ref in ray.wait(list(waiting), num_returns=len(waiting), timeout=1)[0]:
@@ -262,8 +248,8 @@ def run_all(runs: list[Run], args: Args, gpus: float, signals: list[int]) -> dic
             except ray.exceptions.RayError as error:
                 reason = f"died {args.retries + 1} times: {str(error).strip().splitlines()[-1]}"
             failed |= {run.name: reason} if reason else {}
-            if run.name in lines:
-                lines.pop(run.name).close()
+            if line := lines.pop(run.name, None):
+                line.close()
             say(f"{run.name}: {reason or message}")
         for run in waiting.values():
             text = last_line(paths[run.name], starts[run.name])
@@ -288,8 +274,8 @@ def run_all(runs: list[Run], args: Args, gpus: float, signals: list[int]) -> dic
 def main(args: Args, extra: list[str]):
     args.output = args.output.resolve()
     runs = make_plan(args, extra)
-    print_plan(runs, args)
     todo = [run for run in runs if run.state != "finished"]
+    print_plan(runs, todo, args)
     if args.dry_run or not todo:
         return
     gpus = start_ray(args)
@@ -297,12 +283,12 @@ def main(args: Args, extra: list[str]):
 
     def catch(signum, frame):
         signals.append(signum)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
         print("\nstopping: each run finishes its iteration; once more stops at once", file=sys.stderr)
 
-    signal.signal(signal.SIGINT, catch)
-    signal.signal(signal.SIGTERM, catch)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, catch)
     failed = run_all(todo, args, gpus, signals)
     ray.shutdown()
     print(f"{len(todo) - len(failed)} of {len(todo)} finished, in {args.output / 'runs'}")
@@ -315,4 +301,7 @@ if __name__ == "__main__":
     words, extra = sys.argv[1:], []
     if "--" in words:
         words, extra = words[: words.index("--")], words[words.index("--") + 1 :]
-    main(parse(Args, words), extra)
+    try:
+        main(parse(Args, words), extra)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}")
