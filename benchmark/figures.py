@@ -20,7 +20,6 @@ import json
 import logging
 import re
 import sys
-import warnings
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -36,18 +35,18 @@ from tqdm import tqdm
 
 TRAIN, TEST = "charts/episodic_return", "charts/test_episodic_return"
 GAP, FINAL = "charts/generalization_gap", "final_test/full_distribution"
-COLUMNS = ["run", "tag", "step", "value"]
+COLUMNS = {"run": str, "tag": str, "step": "int64", "value": "float64"}
 AXES = {TRAIN: "training return", TEST: "test return", GAP: "generalization gap"}
 # fmt: off
 BOUNDS = {  # (min, max) return of each game, on hard and on easy levels
-    "bigfish": ((0, 40), (0, 40)),                "bossfight": ((0.5, 13), (0.5, 13)),
-    "caveflyer": ((2, 13.4), (3.5, 12)),          "chaser": ((0.5, 14.2), (0.5, 13)),
-    "climber": ((1, 12.6), (2, 12.6)),            "coinrun": ((5, 10), (5, 10)),
-    "dodgeball": ((1.5, 19), (1.5, 19)),          "fruitbot": ((-0.5, 27.2), (-1.5, 32.4)),
-    "heist": ((2, 10), (3.5, 10)),                "jumper": ((1, 10), (3, 10)),
-    "leaper": ((1.5, 10), (3, 10)),               "maze": ((4, 10), (5, 10)),
-    "miner": ((1.5, 20), (1.5, 13)),              "ninja": ((2, 10), (3.5, 10)),
-    "plunder": ((3, 30), (4.5, 30)),              "starpilot": ((1.5, 35), (2.5, 64)),
+    "bigfish": ((0, 40), (0, 40)),          "bossfight": ((0.5, 13), (0.5, 13)),
+    "caveflyer": ((2, 13.4), (3.5, 12)),    "chaser": ((0.5, 14.2), (0.5, 13)),
+    "climber": ((1, 12.6), (2, 12.6)),      "coinrun": ((5, 10), (5, 10)),
+    "dodgeball": ((1.5, 19), (1.5, 19)),    "fruitbot": ((-0.5, 27.2), (-1.5, 32.4)),
+    "heist": ((2, 10), (3.5, 10)),          "jumper": ((1, 10), (3, 10)),
+    "leaper": ((1.5, 10), (3, 10)),         "maze": ((4, 10), (5, 10)),
+    "miner": ((1.5, 20), (1.5, 13)),        "ninja": ((2, 10), (3.5, 10)),
+    "plunder": ((3, 30), (4.5, 30)),        "starpilot": ((1.5, 35), (2.5, 64)),
 }
 # fmt: on
 
@@ -92,8 +91,8 @@ def parse_args() -> Args:
     except SystemExit as stop:
         if not (stop.code and box.getvalue()):
             raise
-        text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
-        message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
+        text = " ".join(re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue()).split())
+        message = re.sub(" *─+ *", "; ", text).removeprefix("Error parsing Args: ")
         fail(message.split("; For full helptext")[0])
 
 
@@ -111,13 +110,13 @@ def read_folder(path: Path, args: Args) -> pd.DataFrame:
             mode = re.search(r"\|distribution_mode\|(\w+)\|", event.tensor_proto.string_val[0].decode())
             if mode and mode[1] != args.distribution_mode:
                 fail(f"--distribution-mode is {args.distribution_mode}, and {folder} is {mode[1]}")
-        for tag in {*args.tags, TEST} & {*events.Tags()["scalars"]}:
+        for tag in sorted({*args.tags, TEST} & {*events.Tags()["scalars"]}):
             rows += [(name, tag, event.step, event.value) for event in events.Scalars(tag)]
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
             test = json.loads((run / "final_test.json").read_text())
             for kind, each in test["agents"][int(folder.name[6:]) - 1 if folder != run else 0].items():
                 rows.append((name, f"final_test/{kind}", test["global_step"], each["mean"]))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def read(args: Args) -> pd.DataFrame:
@@ -128,8 +127,7 @@ def read(args: Args) -> pd.DataFrame:
             frames.append(read_folder(path, args))
             continue
         try:
-            types = dict(zip(COLUMNS, (str, str, "int64", "float64")))
-            frames.append(pd.read_csv(path)[COLUMNS].astype(types))
+            frames.append(pd.read_csv(path)[list(COLUMNS)].astype(COLUMNS))
         except Exception as error:  # pandas has many names for a file that is no such CSV
             fail(f"{path} is not a CSV with the columns run, tag, step, value: {str(error).splitlines()[0]}")
     return pd.concat(frames, ignore_index=True).dropna().drop_duplicates()
@@ -156,7 +154,7 @@ def select(data: pd.DataFrame, args: Args) -> pd.DataFrame:
 
 def print_missing(data: pd.DataFrame):
     """What an algorithm lacks that others have, and which of its runs are behind its longest."""
-    last = data[~data.tag.str.startswith("final_test/")].groupby(["algorithm", "game", "seed"]).step.max()
+    last = data.groupby(["algorithm", "game", "seed"]).step.max()
     for algorithm, game, seed in product(*(sorted(set(level)) for level in zip(*last.index))):
         step, longest = last.get((algorithm, game, seed)), last[algorithm].max()
         if step is None:
@@ -185,8 +183,7 @@ def common_steps(rows: pd.DataFrame, smooth: int, points: int = 200) -> tuple[np
 def draw_curves(data: pd.DataFrame, tag: str, labels: dict[str, str], args: Args):
     """A panel for each game, a colour for each algorithm."""
     games, handles = sorted(set(data.game)), {}
-    columns = min(4, len(games))
-    num_rows = -(-len(games) // columns)
+    columns, num_rows = min(4, len(games)), -(-len(games) // 4)
     size = (max(4.5, 2.6 * columns), 2.0 * num_rows + 1)
     figure, axes = plt.subplots(num_rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, game in zip(axes.flat, games):
@@ -240,7 +237,7 @@ def normalised_scores(returns: dict[str, dict[str, np.ndarray]], mode: str) -> d
         if dropped := sum(len(table[game]) - num_seeds for game in games):
             print(f"not in the aggregate, since a game has but {num_seeds} seeds: {dropped} runs of {label}")
         if num_seeds == 1:
-            print(f"one seed of {label}: its intervals have no width")
+            print(f"one seed of {label}: no spread, so its intervals mean nothing")
         low, high = np.array([BOUNDS[game][mode == "easy"] for game in games]).T
         scores[label] = (np.stack([table[game][:num_seeds] for game in games], axis=1) - low) / (high - low)
     return scores
@@ -255,20 +252,17 @@ def estimate(scores: dict[str, np.ndarray], samples: int) -> list[tuple[str, dic
         ("optimality gap", metrics.aggregate_optimality_gap, scores),
         ("probability of improvement", metrics.probability_of_improvement, pairs),
     ):
-        options = {"reps": samples, "random_state": np.random.RandomState(0)}
-        with warnings.catch_warnings():  # arch would have another kind of generator than rliable gives it
-            warnings.filterwarnings("ignore", "random_state is deprecated", FutureWarning)
-            points, intervals = library.get_interval_estimates(values, function, **options)
+        np.random.seed(0)  # rliable draws from numpy's global generator, whatever random_state it is given
+        points, intervals = library.get_interval_estimates(values, function, reps=samples)
         results.append((name, {key: (float(points[key]), *intervals[key][:, 0]) for key in values}))
-    return results
+    return [each for each in results if each[1]]  # a single algorithm has no pairs
 
 
 def draw_aggregate(estimates: list[tuple[str, dict]], args: Args):
     """A panel for each metric: the estimate and its 95 % interval."""
-    shown = [(name, values) for name, values in estimates if values]  # a single algorithm has no pairs
-    height = 1.3 + 0.35 * max(len(values) for _, values in shown)
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.6 * len(shown), height), layout="constrained")
-    for axis, (metric, values) in zip(axes, shown):
+    size = (3.6 * len(estimates), 1.3 + 0.35 * max(len(values) for _, values in estimates))
+    figure, axes = plt.subplots(1, len(estimates), figsize=size, layout="constrained")
+    for axis, (metric, values) in zip(axes, estimates):
         of_pairs = metric == "probability of improvement"
         for row, (point, low, high) in enumerate(values.values()):
             color = "0.3" if of_pairs else f"C{row}"
@@ -299,31 +293,26 @@ def make_table(returns: dict, unfinished: set, estimates: list[tuple[str, dict]]
         for label, table in returns.items():
             values, mark = table.get(game, ()), " †" * ((label, game) in unfinished)
             spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
-            mean = f"{values.mean():.2f}{spread} ({len(values)}){mark}" if len(values) else "missing"
-            rows[-1].append(mean)
+            rows[-1] += [f"{values.mean():.2f}{spread} ({len(values)}){mark}" if len(values) else "missing"]
     for metric, values in estimates[:2]:
-        intervals = [f"{point:.3f} [{low:.3f}, {high:.3f}]" for point, low, high in values.values()]
-        rows.append([metric, *intervals])
+        rows.append([metric, *("{:.3f} [{:.3f}, {:.3f}]".format(*each) for each in values.values())])
     lines = [f"| {' | '.join(row)} |" for row in rows] + [""]
-    lines += [
-        "Mean ± standard deviation over seeds (number of seeds) of the final test on the full distribution."
-    ]
-    lines += ["A pair of agents is one seed, its return the mean of the two."]
+    lines += ["Mean ± standard deviation over seeds (number of seeds) of the final test on the full"]
+    lines += ["distribution. A pair of agents is one seed, its return the mean of the two."]
     if unfinished:
         lines += ["†: not all have a final test; this is the last test that all of them have reached."]
     if estimates:
-        lines += [
-            f"Scores are normalised for {mode} levels; in brackets 95 % stratified bootstrap intervals."
-        ]
-    for name, (point, low, high) in dict(estimates).get("probability of improvement", {}).items():
-        lines += ["", f"{name} = {point:.2f} [{low:.2f}, {high:.2f}]"]
+        lines += [f"Scores: normalised for {mode} levels; in brackets 95 % stratified bootstrap intervals."]
+    for _, pairs in estimates[2:]:
+        for name, each in pairs.items():
+            lines += ["", "{} = {:.2f} [{:.2f}, {:.2f}]".format(name, *each)]
     return "\n".join(lines) + "\n"
 
 
 def main(args: Args):
     everything = read(args)
     data = select(everything, args)
-    names = list(dict.fromkeys(args.algorithms)) or sorted(set(data.algorithm))
+    names = args.algorithms or sorted(set(data.algorithm))
     if len(names) > 10:
         fail(f"--algorithms: ten at most can be told apart, not {', '.join(names)}")
     labels = dict(zip(names, args.labels or map(label_of, names)))
@@ -332,7 +321,6 @@ def main(args: Args):
     print_missing(data)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
         everything.to_csv(args.csv, index=False, float_format="%.7g")
     for tag in args.tags:
         if (data.tag == tag).any():
@@ -340,14 +328,12 @@ def main(args: Args):
         else:
             print(f"missing: {tag}, in all runs")
     returns, unfinished = returns_of(data, labels)
-    scores = normalised_scores(returns, args.distribution_mode)
-    estimates = estimate(scores, args.bootstrap) if scores else []
-    if scores:
+    estimates = estimate(normalised_scores(returns, args.distribution_mode), args.bootstrap)
+    if estimates:
         draw_aggregate(estimates, args)
     table = make_table(returns, unfinished, estimates, args.distribution_mode)
     (args.output / "table.md").write_text(table)
-    print(table)
-    print(f"figures: {args.output}")
+    print(table, f"figures: {args.output}", sep="\n")
 
 
 if __name__ == "__main__":

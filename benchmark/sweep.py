@@ -3,7 +3,8 @@
 Each run is a process of a training script, started in --output with --resume auto, so that its folder is the
 one that the script makes by itself. The same command goes on where it was stopped: finished runs are skipped,
 interrupted ones resumed. What follows `--` goes to every script. A variant is a name and flags of the script;
-its --exp-name, by which runs are told apart, is ppo_procgen+NAME in place of ppo_procgen.
+its --exp-name, by which runs are told apart, is ppo_procgen+NAME in place of ppo_procgen. In the flags {game}
+and {seed} stand for those of the run, and * in a path below --output for the last that fits.
 
     python benchmark/sweep.py --algorithms ppo mdpo --games bigfish fruitbot --seeds 1 2 3 --dry-run
     python benchmark/sweep.py --variants "" wide="--channels 32 64 64" -- --total-timesteps 25000000
@@ -25,9 +26,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import partial
+from glob import glob
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -37,16 +37,18 @@ from procgen.env import ENV_NAMES
 from tqdm import tqdm
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its authors
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let everything else go first
 import ray
 
 ROOT = Path(__file__).resolve().parents[1]
-# Flags that do not change what a finished run has learned; any other that differs makes it another run.
+# These do not change what a finished run has learned; any other flag that differs makes it another run.
 INDIFFERENT = "total_timesteps eval_interval checkpoint_interval resume device num_env_threads".split()
 INDIFFERENT += "torch_deterministic track wandb_project_name wandb_entity".split()
 SET_HERE = {"--env-id", "--seed", "--exp-name", "--resume"}
 # A process that asks the kernel to be killed with its parent, and then becomes Python with other arguments.
 LAUNCH = "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"  # PR_SET_PDEATHSIG
-LAUNCH += "if os.getppid() == int(sys.argv[1]): os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+LAUNCH += "os.getppid() == int(sys.argv[1]) or sys.exit('its parent has ended')\n"
+LAUNCH += "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
 
 
 @dataclass
@@ -66,13 +68,12 @@ class Args:
 
     def __post_init__(self):
         for name in ("algorithms", "games", "seeds", "variants"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
+            if not 0 < len(getattr(self, name)) == len(set(getattr(self, name))):
                 raise ValueError(f"--{name} needs one or more different values")
-        for name, low in (("cpus", 1), ("gpus", 0), ("retries", 0)):
-            if not low <= (getattr(self, name) or low) <= 1000:
+        for name, low in (("cpus", 1), ("retries", 0)):
+            if not low <= getattr(self, name) <= 1000:
                 raise ValueError(f"--{name} must be from {low} to 1000, not {getattr(self, name)}")
-        if (self.gpus or 0) > 1 and self.gpus % 1:
+        if not (0 <= (self.gpus or 0) <= 1 or self.gpus in range(1000)):
             raise ValueError(f"--gpus must be a fraction or a whole number, not {self.gpus}")
         if not re.fullmatch(r"local|auto|[\w.-]+:\d+", self.address):
             raise ValueError(f"--address must be HOST:PORT, auto or local, not {self.address}")
@@ -106,8 +107,8 @@ def parse(kind, words: list[str], where: str = ""):
     except SystemExit as stop:
         if not (stop.code and box.getvalue()):
             raise
-        text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
-        message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
+        text = " ".join(re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue()).split())
+        message = re.sub(" *─+ *", "; ", text).removeprefix("Error parsing Args: ")
         fail(where + message.split("; For full helptext")[0])
 
 
@@ -117,7 +118,11 @@ def make_plan(args: Args, extra: list[str]) -> list[Run]:
     sys.path.insert(0, str(ROOT))
     for variant, game, algorithm, seed in product(args.variants, args.games, args.algorithms, args.seeds):
         label, _, flags = variant.partition("=")
-        words = ["--num-env-threads", str(args.cpus), *extra, *flags.split()]
+        flags = " ".join([*extra, flags]).replace("{game}", game).replace("{seed}", str(seed))
+        for path in [word for word in flags.split() if "*" in word]:
+            newest = max(glob(path, root_dir=args.output), default=path)
+            flags = flags.replace(path, str(args.output / newest))
+        words = ["--num-env-threads", str(args.cpus), *flags.split()]
         if own := SET_HERE & {re.split("[= ]", word)[0].replace("_", "-") for word in words}:
             fail(f"{min(own)} is not for the flags of the scripts, since the sweep sets it")
         script = f"{algorithm}_procgen"
@@ -139,9 +144,7 @@ def make_plan(args: Args, extra: list[str]) -> list[Run]:
 def find_state(run_name: str, settings: dict, steps: int, output: Path) -> str:
     """new, interrupted or finished; the end of the process if what is finished had other settings."""
     states = {"new"}
-    for folder in (output / "runs").glob(f"{run_name}__*"):
-        if folder.name.rpartition("__")[0] != run_name:
-            continue
+    for folder in (output / "runs").glob(f"{run_name}__{'[0-9]' * 10}"):
         if (folder / "checkpoint.pt").exists():
             states.add("interrupted")
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -160,9 +163,9 @@ def print_plan(runs: list[Run], todo: list[Run], args: Args):
     print(f"{'run':{width}}  {'state':11}  {'million steps':>13}  {'hours':>7}")
     for run in runs:
         print(f"{run.name:{width}}  {run.state:11}  {run.steps / 1e6:13,.2f}  {run.hours:7.2f}")
-    states = Counter(run.state for run in runs)
+    states = [run.state for run in runs]
     hours, single, pair = sum(run.hours for run in todo), *args.steps_per_second
-    print(", ".join(f"{states[state]} {state}" for state in ("finished", "interrupted", "new")))
+    print(", ".join(f"{states.count(state)} {state}" for state in ("finished", "interrupted", "new")))
     gpus = f" and {args.gpus:g} GPUs: {hours * args.gpus:,.1f} GPU hours" if args.gpus else ""
     print(f"to do: at most {hours:,.1f} hours of runs, each on {args.cpus} cores{gpus}")
     print(f"assumed: {single:,g} steps a second for a single agent, {pair:,g} for each agent of a pair,")
@@ -173,8 +176,7 @@ def last_line(log: Path, start: int = 0) -> str:
     """The last line of a log that is not blank; nothing of what was written before the byte `start`."""
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - 2000))
-        lines = re.split(r"[\r\n]+", file.read().decode(errors="replace").strip())
-        return lines[-1].strip()
+        return re.split(r"[\r\n]+", file.read().decode(errors="replace").strip())[-1].strip()
     return ""
 
 
@@ -191,8 +193,7 @@ def train(run: Run, output: Path, log: Path) -> tuple[int, str]:
         file.write(f"\nstarted on {socket.gethostname()}: {shlex.join(run.command)}\n".encode())
         file.flush()
         command = [sys.executable, "-c", LAUNCH, str(os.getpid()), *run.command]
-        options = {"cwd": output, "stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        process = subprocess.Popen(command, **options)
+        process = subprocess.Popen(command, cwd=output, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     try:
         while process.poll() is None:
             time.sleep(0.2)  # Ray cancels between two instructions of Python: process.wait() would not notice
@@ -219,43 +220,39 @@ def start_ray(args: Args) -> float:
     gpus = min(1, most["GPU"]) if args.gpus is None else args.gpus
     for flag, asked, found in (("--cpus", args.cpus, most["CPU"]), ("--gpus", gpus, most["GPU"])):
         if asked > found:
-            ray.shutdown()
             fail(f"{flag} {asked:g} is more than any machine has: at most {found:g}")
     return gpus
 
 
 def run_all(runs: list[Run], args: Args, gpus: float, signals: list[int]) -> dict[str, str]:
     """Trains, with a line for each run at work and a bar for all. Returns {run: why it did not finish}."""
-    logs = args.output / "runs" / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    resources = {"num_cpus": args.cpus, "num_gpus": gpus}
-    task = ray.remote(max_retries=args.retries, retry_exceptions=[ChildProcessError], **resources)(train)
-    paths = {run.name: logs / f"{run.name}.log" for run in runs}
+    paths = {run.name: args.output / "runs" / "logs" / f"{run.name}.log" for run in runs}
+    paths[runs[0].name].parent.mkdir(parents=True, exist_ok=True)
+    options = {"max_retries": args.retries, "retry_exceptions": [ChildProcessError]}
+    task = ray.remote(num_cpus=args.cpus, num_gpus=gpus, **options)(train)
     starts = {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
     waiting = {task.options(name=run.name).remote(run, args.output, paths[run.name]): run for run in runs}
     lines, failed, cancelled, tty = {}, {}, False, sys.stderr.isatty()
     bar_format = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]" + "\n" * (not tty)
     bar = tqdm(total=len(runs), desc="starting", bar_format=bar_format, mininterval=0.1 if tty else 60)
-    say = partial(bar.write if tty else print, file=sys.stderr)
+    say = bar.write if tty else print
     while waiting:
         for ref in ray.wait(list(waiting), num_returns=len(waiting), timeout=1)[0]:
             run = waiting.pop(ref)
             try:
                 status, message = ray.get(ref)
                 reason = f"exit status {status}: {message}" if status else ""
-            except ray.exceptions.TaskCancelledError:
-                reason = "stopped"
             except ray.exceptions.RayError as error:
-                reason = f"died {args.retries + 1} times: {str(error).strip().splitlines()[-1]}"
+                reason = "stopped" if signals else str(error).strip().splitlines()[-1]
             failed |= {run.name: reason} if reason else {}
-            if line := lines.pop(run.name, None):
-                line.close()
-            say(f"{run.name}: {reason or message}")
+            if run.name in lines:
+                lines.pop(run.name).close()
+            say(f"{run.name}: {reason or message}", file=sys.stderr)
         for run in waiting.values():
             text = last_line(paths[run.name], starts[run.name])
             if text and run.name not in lines:
                 lines[run.name] = tqdm(bar_format="{desc}", leave=False, disable=not tty)
-                say(f"{run.name}: {text.partition(': ')[0]}")
+                say(f"{run.name}: {text.partition(': ')[0]}", file=sys.stderr)
             if text:
                 lines[run.name].set_description_str(f"  {run.name}: {text}")
                 lines[run.name].fraction = int((re.findall(r"(\d+)%", text) or ["0"])[-1]) / 100
@@ -264,9 +261,7 @@ def run_all(runs: list[Run], args: Args, gpus: float, signals: list[int]) -> dic
         bar.set_description_str(f"{counts}, {len(failed)} not finished", refresh=False)
         bar.update(finished + sum(line.fraction for line in lines.values()) - bar.n)
         if signals and not cancelled:
-            cancelled = True
-            for ref in waiting:
-                ray.cancel(ref)
+            cancelled = [ray.cancel(ref) for ref in waiting]
     bar.close()
     return failed
 
@@ -283,25 +278,22 @@ def main(args: Args, extra: list[str]):
 
     def catch(signum, frame):
         signals.append(signum)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print("\nstopping: each run finishes its iteration; once more stops at once", file=sys.stderr)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, catch)
     failed = run_all(todo, args, gpus, signals)
     ray.shutdown()
-    print(f"{len(todo) - len(failed)} of {len(todo)} finished, in {args.output / 'runs'}")
-    if failed:
-        print("the same command goes on with the others; what they said is in runs/logs/")
-        sys.exit(128 + signals[0] if signals else 1)
+    hint = "; the same command goes on with the others, whose words are in logs/" if failed else ""
+    print(f"{len(todo) - len(failed)} of {len(todo)} finished, in {args.output / 'runs'}{hint}")
+    sys.exit(128 + signals[0] if failed and signals else len(failed) > 0)
 
 
 if __name__ == "__main__":
-    words, extra = sys.argv[1:], []
-    if "--" in words:
-        words, extra = words[: words.index("--")], words[words.index("--") + 1 :]
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     try:
-        main(parse(Args, words), extra)
+        main(parse(Args, sys.argv[1:end]), sys.argv[end + 1 :])
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}")
