@@ -1,0 +1,341 @@
+"""benchmark/figures.py on curves whose mean, deviation and scores are known."""
+
+import gzip
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg"
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from common import ROOT
+from torch.utils.tensorboard import SummaryWriter
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import figures
+from figures import GAP, TEST, TRAIN
+
+PPO, MDPO = "ppo_procgen", "mdpo_procgen"
+
+
+def write_run(
+    root: Path, name: str, curves: list[dict], finals: tuple = (), end: int = 0, mode: str = "hard"
+):
+    """A run folder as the scripts leave it. curves: {tag: {step: value}} of each agent; finals: the final
+    return on the full distribution of each agent."""
+    for number, tags in enumerate(curves, 1):
+        writer = SummaryWriter(root / name / (f"agent_{number}" if len(curves) > 1 else ""))
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n|distribution_mode|{mode}|\n")
+        for tag, curve in tags.items():
+            for step, value in curve.items():
+                writer.add_scalar(tag, value, step)
+        writer.close()
+    if finals:
+        names = ("training_levels", "full_distribution", "generalization_gap")
+        agents = [dict(zip(names, ({"mean": each + 1}, {"mean": each}, {"mean": 1.0}))) for each in finals]
+        content = {"args": {}, "global_step": end, "agents": agents}
+        (root / name / "final_test.json").write_text(json.dumps(content))
+
+
+def line(slope: float, start: int = 0, end: int = 1000, step: int = 100) -> dict[int, float]:
+    return {x: slope * x for x in range(start, end + 1, step)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two seeds each of PPO and MDPO on bigfish and starpilot; steps 0 to 1000, final tests after them."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed in (1, 2):
+        for game in ("bigfish", "starpilot"):
+            curves = {TRAIN: line(0.02 * seed), TEST: line(0.01 * seed), GAP: line(0.01 * seed)}
+            write_run(root, f"{game}__{PPO}__{seed}__170000000{seed}", [curves], (10.0 * seed,), 1000)
+            pair = [
+                {TRAIN: line(0.05), TEST: line(0.02 * seed)},
+                {TRAIN: line(0.05), TEST: line(0.04 * seed)},
+            ]
+            write_run(root, f"{game}__{MDPO}__{seed}__170000000{seed}", pair, (19.0, 21.0), 1000)
+    return root
+
+
+def make_args(*paths: Path, **options) -> figures.Args:
+    return figures.Args(paths=paths, **options)
+
+
+def load(*paths: Path, **options):
+    args = make_args(*paths, **options)
+    return figures.select(figures.read(args), args)
+
+
+def rows_of(data, tag, game="bigfish", algorithm=PPO):
+    return data[(data.tag == tag) & (data.game == game) & (data.algorithm == algorithm)]
+
+
+def run_main(monkeypatch, *words) -> dict[str, list]:
+    """figures.py from its command line, in this process. Returns the axes of each figure that it saved."""
+    axes, save = {}, figures.save
+
+    def keep(figure, name, args):
+        axes[name] = figure.axes
+        save(figure, name, args)
+
+    monkeypatch.setattr(figures, "save", keep)
+    monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, words), "--bootstrap", "50"])
+    figures.main(figures.parse_args())
+    return axes
+
+
+def test_a_pair_is_one_seed_the_mean_of_the_two(runs):
+    steps, values = figures.common_steps(rows_of(load(runs), TEST, algorithm=MDPO), smooth=1)
+    assert (steps[0], steps[-1], values.shape) == (0, 1000, (2, 200))
+    assert values.loc["1"].to_numpy() == pytest.approx(0.03 * steps)
+    assert values.loc["2"].to_numpy() == pytest.approx(0.06 * steps)
+
+
+def test_curves_of_different_length_and_steps(tmp_path):
+    """A common grid; no value before a run's first and after its last."""
+    write_run(tmp_path, f"maze__{PPO}__1__1", [{TEST: line(1.0)}])
+    write_run(tmp_path, f"maze__{PPO}__2__1", [{TEST: line(3.0, start=70, end=490, step=70)}])
+    steps, values = figures.common_steps(rows_of(load(tmp_path), TEST, "maze"), smooth=1, points=1001)
+    assert values.loc["1"].to_numpy() == pytest.approx(steps)
+    inside = (steps >= 70) & (steps <= 490)
+    assert values.loc["2"][inside].to_numpy() == pytest.approx(3 * steps[inside])
+    assert values.loc["2"][~inside].isna().all()
+
+
+def test_smoothing_only_if_asked(tmp_path):
+    zigzag = {step: float(step // 10 % 2 * 6) for step in range(0, 100, 10)}
+    write_run(tmp_path, f"maze__{PPO}__1__1", [{TEST: zigzag}])
+    rows = rows_of(load(tmp_path), TEST, "maze")
+    _, values = figures.common_steps(rows, smooth=1, points=10)
+    assert values.loc["1"].tolist() == [0, 6] * 5
+    _, values = figures.common_steps(rows, smooth=3, points=10)
+    assert values.loc["1"].tolist() == pytest.approx([3, 2, 4, 2, 4, 2, 4, 2, 4, 3])
+
+
+def test_what_is_drawn(runs, tmp_path, monkeypatch):
+    """Mean and standard deviation (n - 1) over seeds: of slopes 1 and 2, 1.5 and 0.7071."""
+    write_run(tmp_path, f"starpilot__{PPO}__3__1", [{TEST: line(0.03, end=500)}])
+    words = [
+        runs,
+        tmp_path,
+        "--algorithms",
+        PPO,
+        MDPO,
+        "--labels",
+        "PPO",
+        "ours",
+        "--output",
+        tmp_path / "new/f",
+    ]
+    axes = run_main(monkeypatch, *words)
+    assert axes.keys() == {"training_return", "test_return", "generalization_gap", "aggregate"}
+    bigfish, starpilot = axes["test_return"]
+    assert (bigfish.get_title(), starpilot.get_title()) == ("bigfish", "starpilot")
+    assert bigfish.figure.get_supylabel() == "test return"
+    assert "million" in bigfish.figure.get_supxlabel()
+    assert [text.get_text() for text in bigfish.figure.legends[0].get_texts()] == ["PPO", "ours"]
+
+    dashed, solid = bigfish.lines[:2]
+    steps = solid.get_xdata() * 1e6
+    assert steps[-1] == 1000 and solid.get_ydata() == pytest.approx(0.015 * steps)
+    assert dashed.get_linestyle() == "--" and dashed.get_ydata() == pytest.approx(0.015 * steps)
+    corners = bigfish.collections[0].get_paths()[0].vertices
+    deviation = (0.02 - 0.01) / 2**0.5 * 1000
+    assert corners[:, 1].max() == pytest.approx(15 + deviation)
+    assert corners[corners[:, 0] == 1e-3, 1].min() == pytest.approx(15 - deviation)
+
+    dashed, solid = starpilot.lines[:2]  # solid as long as all three go on
+    steps, whole = solid.get_xdata() * 1e6, solid.get_xdata() * 1e6 <= 500
+    assert solid.get_ydata()[whole] == pytest.approx(0.02 * steps[whole])
+    assert np.isnan(solid.get_ydata()[~whole]).all()
+    assert dashed.get_ydata()[~whole] == pytest.approx(0.015 * steps[~whole])
+
+    for name in axes:
+        assert (tmp_path / f"new/f/{name}.pdf").read_bytes().startswith(b"%PDF")
+        pixels = plt.imread(tmp_path / f"new/f/{name}.png")
+        assert pixels.shape[1] >= 800 and pixels[..., :3].std() > 0.05
+    assert not plt.get_fignums()
+
+
+def test_one_panel_of_one_test(tmp_path, monkeypatch, capsys):
+    """A point is visible; one algorithm has nobody to be compared with."""
+    write_run(tmp_path, f"maze__{PPO}__1__1", [{TEST: {64: 7.0}}], (7.0,), 64)
+    axes = run_main(monkeypatch, tmp_path, "--output", tmp_path)
+    (panel,) = axes["test_return"]
+    assert panel.lines[1].get_marker() == "." and set(panel.lines[1].get_ydata()) == {7.0}
+    assert [axis.get_title() for axis in axes["aggregate"]] == ["interquartile mean", "optimality gap"]
+    out = capsys.readouterr().out
+    assert f"missing: {TRAIN}" in out and "one seed of PPO" in out
+    assert "| maze | 7.00 (1) |" in out and "| interquartile mean | 0.500 [0.500, 0.500] |" in out
+
+
+def test_what_is_missing_is_said(runs, tmp_path, capsys):
+    write_run(tmp_path, f"maze__{PPO}__3__1", [{TEST: line(1.0, end=500)}])
+    figures.print_missing(load(runs, tmp_path, games=("bigfish", "maze"), algorithms=(PPO,)))
+    assert capsys.readouterr().out.splitlines() == [
+        "missing: ppo_procgen on bigfish, seed 3",
+        "missing: ppo_procgen on maze, seed 1",
+        "missing: ppo_procgen on maze, seed 2",
+        "short: ppo_procgen on maze, seed 3, is at 500 of 1,000 steps",
+    ]
+
+
+def test_the_newest_run_counts(runs, tmp_path, capsys):
+    newer = f"bigfish__{PPO}__2__1800000000"
+    write_run(tmp_path, newer, [{TEST: line(5.0)}])
+    (tmp_path / f"bigfish__{PPO}__1__1900000000").mkdir()  # and one that was killed before it wrote anything
+    rows = rows_of(load(runs, tmp_path), TEST)
+    assert set(rows.run) == {newer, f"bigfish__{PPO}__1__1700000001"}
+    assert capsys.readouterr().out.count("left out") == 1
+
+
+def test_returns(runs, tmp_path):
+    """The final test; where one lacks it, the last test that all have reached, as of step 500 here."""
+    labels = {PPO: "a", MDPO: "b"}
+    returns, unfinished = figures.returns_of(load(runs), labels)
+    assert unfinished == set() and returns.keys() == {"a", "b"}
+    for game in ("bigfish", "starpilot"):
+        assert returns["a"][game].tolist() == [10, 20] and returns["b"][game].tolist() == [20, 20]
+    write_run(tmp_path, f"bigfish__{PPO}__3__1", [{TEST: line(0.03, end=570)}])
+    returns, unfinished = figures.returns_of(load(runs, tmp_path), labels)
+    assert unfinished == {("a", "bigfish")} and returns["a"]["bigfish"] == pytest.approx([5, 10, 15])
+    assert returns["a"]["starpilot"].tolist() == [10, 20]
+
+
+def test_normalised_scores(capsys):
+    """By hand; negative below the minimum; as many seeds as all games have."""
+    returns = {"a": {"bigfish": np.array([20.0, 40.0]), "maze": np.array([4.0, 1.0]), "heist": np.ones(2)}}
+    returns["b"] = {"bigfish": np.array([0.0, 10.0, 1.0]), "maze": np.array([7.0])}
+    scores = figures.normalised_scores(returns, "hard")
+    assert scores["a"] == pytest.approx(np.array([[0.5, 0.0], [1.0, -0.5]]))
+    assert scores["b"] == pytest.approx(np.array([[0.0, 0.5]]))
+    assert figures.normalised_scores(returns, "easy")["b"] == pytest.approx(np.array([[0.0, 0.4]]))
+    out = capsys.readouterr().out
+    assert "no test there: heist" in out and "2 runs of b" in out and "one seed of b" in out
+    assert figures.normalised_scores({"a": {"maze": np.ones(1)}, "b": {}}, "hard") == {}
+
+
+def test_bounds():
+    """All games, and the sums of the table's columns: minima and maxima of hard, then of easy levels."""
+    bounds = np.array(list(figures.BOUNDS.values()))
+    assert bounds.shape == (16, 2, 2) and (bounds[..., 0] < bounds[..., 1]).all()
+    assert bounds.sum(0).ravel() == pytest.approx([26.5, 284.4, 38.0, 309.0])
+
+
+def test_aggregate_metrics():
+    """By hand: the middle half of 0, 0.2, 0.4, 2 has mean 0.3; they lack 1, 0.8, 0.6 and 0 to 1. Every score
+    of b beats those of a, and with itself a is even."""
+    a = np.array([[0.0, 0.2, 0.4, 2.0]] * 3)
+    (_, iqm), (_, gap), (_, improvement) = figures.estimate({"a": a, "b": a + 3, "c": a}, samples=50)
+    assert iqm["a"] == pytest.approx((0.3, 0.3, 0.3)) and iqm["b"] == pytest.approx((3.3, 3.3, 3.3))
+    assert gap["a"] == pytest.approx((0.6, 0.6, 0.6)) and gap["b"] == pytest.approx((0, 0, 0))
+    assert improvement == {"P(b > a)": (1, 1, 1), "P(c > a)": (0.5, 0.5, 0.5), "P(c > b)": (0, 0, 0)}
+
+
+def test_intervals():
+    """Contain the estimate, have a width where seeds differ, and are the same every time."""
+    scores = {"a": np.random.default_rng(0).normal(0.5, 0.2, (5, 4))}
+    ((_, iqm), (_, gap)) = first = figures.estimate(scores, samples=200)
+    for point, low, high in (iqm["a"], gap["a"]):
+        assert low < point < high < low + 0.5
+    assert figures.estimate(scores, samples=200) == first
+
+
+def test_table(runs, tmp_path, monkeypatch, capsys):
+    """bigfish scores (R - 0) / 40 and starpilot (R - 1.5) / 33.5, of returns 10 and 20, and 20 and 20."""
+    write_run(tmp_path, f"maze__{PPO}__1__1", [{TEST: line(0.01, end=500)}])
+    run_main(monkeypatch, runs, tmp_path, "--algorithms", PPO, MDPO, "--output", tmp_path / "figures")
+    table = (tmp_path / "figures/table.md").read_text()
+    assert table in capsys.readouterr().out
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in table.split("\n\n")[0].splitlines()
+    ]
+    assert rows[:2] == [["test return", "PPO", "MDPO"], ["---"] * 3]
+    assert rows[2:5] == [
+        ["bigfish", "15.00 ± 7.07 (2)", "20.00 ± 0.00 (2)"],
+        ["maze", "5.00 (1) †", "missing"],
+        ["starpilot", "15.00 ± 7.07 (2)", "20.00 ± 0.00 (2)"],
+    ]
+    ppo = [10 / 40, 20 / 40, 8.5 / 33.5, 18.5 / 33.5]
+    assert rows[5][1].startswith(f"{np.mean(sorted(ppo)[1:3]):.3f} [")
+    assert rows[6][1].startswith(f"{1 - np.mean(ppo):.3f} [")
+    score = (20 / 40 + 18.5 / 33.5) / 2
+    assert rows[5][2] == f"{score:.3f} [{score:.3f}, {score:.3f}]"
+    assert "P(MDPO > PPO) = 0.75 [" in table and "hard levels" in table and "†:" in table
+
+
+@pytest.mark.parametrize("name", ["curves.csv", "curves.csv.gz"])
+def test_csv_gives_the_same_figures(name, runs, tmp_path, monkeypatch):
+    first = run_main(monkeypatch, runs, "--output", tmp_path / "a", "--csv", tmp_path / name)
+    text = (tmp_path / name).read_bytes()
+    lines = (gzip.decompress(text) if name.endswith("gz") else text).decode().splitlines()
+    assert lines[0] == "run,tag,step,value"
+    assert f"bigfish__{MDPO}__2__1700000002/agent_2,{TEST},1000,80" in lines
+    second = run_main(monkeypatch, tmp_path / name, "--output", tmp_path / "b")
+    assert (tmp_path / "a/table.md").read_text() == (tmp_path / "b/table.md").read_text()
+    for one, other in zip(first["test_return"], second["test_return"], strict=True):
+        for line, redrawn in zip(one.lines, other.lines, strict=True):
+            assert line.get_ydata() == pytest.approx(redrawn.get_ydata(), nan_ok=True)
+
+
+def test_damaged_files_are_read_as_far_as_they_go(runs, tmp_path):
+    name = f"maze__{PPO}__1__1"
+    write_run(tmp_path, name, [{TEST: line(1.0, step=1)}], (5.0,), 1000)
+    (events,) = (tmp_path / name).glob("events*")
+    events.write_bytes(events.read_bytes()[: events.stat().st_size // 2])
+    (tmp_path / name / "final_test.json").write_text('{"agents": [')
+    empty = tmp_path / f"maze__{PPO}__2__1"
+    empty.mkdir()
+    (empty / "events.out.tfevents.1").touch()
+    stray = tmp_path / "not a run"
+    write_run(tmp_path, stray.name, [{TEST: line(1.0)}])
+    data = load(tmp_path)
+    assert set(data.run) == {name} and set(data.tag) == {TEST}
+    assert 300 < data.step.max() < 700 and (data.value == data.step).all()
+
+
+def test_labels():
+    assert figures.label_of("ppo_procgen") == "PPO"
+    assert figures.label_of("mdspo_procgen+wide") == "MDSPO, wide"
+    assert figures.label_of("my_own") == "my_own"
+
+
+BAD = [  # what is written on the command line beside the runs, and words that the message has
+    ("", ["PATHS", "one or more"]),
+    ("RUNS nowhere", ["nowhere"]),
+    ("RUNS --games pong", ["--games", "pong", "bigfish, starpilot"]),
+    ("RUNS --algorithms a2c", ["--algorithms", "a2c", MDPO]),
+    ("RUNS --labels A", ["--labels", "--algorithms"]),
+    (f"RUNS --algorithms {PPO} {MDPO} --labels A A", ["--labels", "differ"]),
+    ("RUNS --distribution-mode easy", ["--distribution-mode", "easy", "hard"]),
+    ("RUNS --distribution-mode medium", ["--distribution-mode", "medium"]),
+    ("RUNS --smooth 0", ["--smooth", "1"]),
+    ("RUNS --bootstrap 1", ["--bootstrap", "10"]),
+    ("RUNS --no-such-flag", ["--no-such-flag"]),
+    ("EMPTY", ["no runs"]),
+    ("EMPTY --games maze", ["--games", "none"]),
+    ("CSV", ["bad.csv", "run, tag, step, value"]),
+    ("BINARY", ["bad.bin", "run, tag, step, value"]),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), BAD, ids=[words for words, _ in BAD])
+def test_bad_input(words, expected, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.csv").write_text("run,tag,value\na,b,1\n")
+    (tmp_path / "bad.bin").write_bytes(bytes(range(256)))
+    places = {"RUNS": runs, "EMPTY": "empty", "CSV": "bad.csv", "BINARY": "bad.bin"}
+    words = [str(places.get(word, word)) for word in words.split()]
+    monkeypatch.setattr(sys, "argv", ["figures.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        figures.main(figures.parse_args())
+    out, err = capsys.readouterr()
+    assert (
+        stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("figures.py: error: ")
+    )
+    assert [word for word in expected if word not in err] == []
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "bad.csv", "bad.bin"}
