@@ -195,7 +195,7 @@ def make_envs(args: Args, num: int, num_levels: int, start_level: int, rand_seed
     For other environments return an object with `num`, `act(int32 (num,))`, `close()` and `observe()`, which
     gives (reward float32 (num,), {"rgb": uint8 (num, 64, 64, 3)}, first bool (num,)). `first` says that the
     observation begins an episode; the action -1 ends the episode under way. Checkpoints need `get_state()`,
-    which gives a list of bytes, and `set_state` of such a list.
+    which gives a list of bytes, none of them empty, and `set_state` of such a list.
     """
     options = {"num_levels": num_levels, "start_level": start_level, "rand_seed": rand_seed}
     threads = args.num_env_threads or len(os.sched_getaffinity(0))

@@ -62,6 +62,8 @@ def test_another_environment_takes_the_lines_that_the_readme_shows(name, tmp_pat
     )
     tiny = TINY | {"eval_interval": 1, "total_timesteps": 256, "num_steps": 64}
     assert "final test" in run("run.py", *flags(**tiny), cwd=tmp_path)
+    again = ["--resume", "auto", "--env-id", "fruitbot", "--total-timesteps", "512"]
+    assert "finished after 512 steps" in run("run.py", *again, cwd=tmp_path)
     for folder in [run_folder(tmp_path)] if name not in MUTUAL else run_folder(tmp_path).glob("agent_*"):
         curves = read_curves(folder)
         assert set(curves["charts/test_episodic_return"].values()) == {10.0}  # the coin of every episode
