@@ -42,8 +42,9 @@ import ray
 
 ROOT = Path(__file__).resolve().parents[1]
 # These do not change what a finished run has learned; any other flag that differs makes it another run.
-INDIFFERENT = "total_timesteps eval_interval checkpoint_interval resume device num_env_threads".split()
-INDIFFERENT += "torch_deterministic track wandb_project_name wandb_entity".split()
+INDIFFERENT = "total_timesteps eval_interval final_eval_episodes checkpoint_interval resume device".split()
+INDIFFERENT += "num_env_threads bf16 compile cudagraphs torch_deterministic".split()
+INDIFFERENT += "track wandb_project_name wandb_entity".split()
 SET_HERE = {"--env-id", "--seed", "--exp-name", "--resume"}
 # A process that asks the kernel to be killed with its parent, and then becomes Python with other arguments.
 LAUNCH = "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"  # PR_SET_PDEATHSIG
