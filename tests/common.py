@@ -138,7 +138,7 @@ class Probe:
 
     def get_state(self):
         state = (self.rng, self.clock, self.reward, self.side)
-        return [pickle.dumps(state)]
+        return self.num * [pickle.dumps(state)]
 
     def set_state(self, states):
         self.rng, self.clock, self.reward, self.side = pickle.loads(states[0])
