@@ -15,18 +15,20 @@ def fail(message: str):
     sys.exit(2)
 
 
-def parse_args(args_class, description: str):
-    """Reads sys.argv into a dataclass of tyro's; tyro's box of errors becomes one line."""
+def parse_args(args_class, description: str, words: list[str] | None = None, where: str = "", **options):
+    """Reads words, by default sys.argv, into a dataclass by tyro.cli, with its options; tyro's box of errors
+    becomes one line, which begins with `where`."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(args_class, prog=Path(sys.argv[0]).name, description=description)
+            prog = Path(sys.argv[0]).name
+            return tyro.cli(args_class, prog=prog, description=description, args=words, **options)
     except SystemExit as stop:
         if not (stop.code and box.getvalue()):
             raise
         text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
         message = re.sub(" *─+ *", "; ", " ".join(text.split())).removeprefix("Error parsing Args: ")
-        fail(message.split("; For full helptext")[0])
+        fail(where + message.split("; For full helptext")[0])
 
 
 def check_ranges(args, ranges: dict[str, tuple[int, int]]):

@@ -15,11 +15,9 @@ reached. Intervals are 95 % stratified bootstrap, by rliable (Agarwal et al. 202
 """
 
 import contextlib
-import io
 import json
 import logging
 import re
-import sys
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -29,6 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
+from command_line import fail, parse_args
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -74,26 +73,6 @@ class Args:
         for name, low in (("smooth", 1), ("bootstrap", 10)):
             if not low <= getattr(self, name) <= 10**6:
                 raise ValueError(f"--{name} must be from {low} to 1000000, not {getattr(self, name)}")
-
-
-def fail(message: str):
-    """Ends the process over something that its user can mend: one line and exit status 2."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse_args() -> Args:
-    """Reads the command line; tyro's box of errors becomes one line."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(Args, prog=Path(__file__).name, description=__doc__)
-    except SystemExit as stop:
-        if not (stop.code and box.getvalue()):
-            raise
-        text = " ".join(re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue()).split())
-        message = re.sub(" *─+ *", "; ", text).removeprefix("Error parsing Args: ")
-        fail(message.split("; For full helptext")[0])
 
 
 def read_folder(path: Path, args: Args) -> pd.DataFrame:
@@ -344,6 +323,6 @@ if __name__ == "__main__":
     )  # text stays text in the PDF
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports what resumed runs leave behind
     try:
-        main(parse_args())
+        main(parse_args(Args, __doc__))
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}")

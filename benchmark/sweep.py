@@ -15,7 +15,6 @@ On a cluster every node must see this repository, the Python environment and --o
 import contextlib
 import fcntl
 import importlib
-import io
 import json
 import logging
 import os
@@ -32,7 +31,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from command_line import fail, parse_args
 from procgen.env import ENV_NAMES
 from tqdm import tqdm
 
@@ -93,26 +92,6 @@ class Run:
     state: str  # new, interrupted or finished
 
 
-def fail(message: str):
-    """Ends the process over something that its user can mend: one line and exit status 2."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse(kind, words: list[str], where: str = ""):
-    """tyro's reading of the words as the dataclass `kind`; its box of errors becomes one line."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=words, prog=Path(__file__).name, description=__doc__)
-    except SystemExit as stop:
-        if not (stop.code and box.getvalue()):
-            raise
-        text = " ".join(re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue()).split())
-        message = re.sub(" *─+ *", "; ", text).removeprefix("Error parsing Args: ")
-        fail(where + message.split("; For full helptext")[0])
-
-
 def make_plan(args: Args, extra: list[str]) -> list[Run]:
     """All runs with their states. `extra` are flags for every script."""
     runs = []
@@ -129,7 +108,8 @@ def make_plan(args: Args, extra: list[str]) -> list[Run]:
         script = f"{algorithm}_procgen"
         exp_name = f"{script}+{label}" if label else script
         words += ["--env-id", game, "--exp-name", exp_name, "--seed", str(seed)]
-        settings = asdict(parse(importlib.import_module(script).Args, words, f"{script}.py: "))
+        args_class = importlib.import_module(script).Args
+        settings = asdict(parse_args(args_class, __doc__, words, f"{script}.py: "))
         settings = json.loads(json.dumps(settings))  # as final_test.json has them
         if not settings["eval_interval"]:
             fail("--eval-interval 0 is not for a sweep, which knows finished runs by their final test")
@@ -295,6 +275,6 @@ def main(args: Args, extra: list[str]):
 if __name__ == "__main__":
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     try:
-        main(parse(Args, sys.argv[1:end]), sys.argv[end + 1 :])
+        main(parse_args(Args, __doc__, sys.argv[1:end]), sys.argv[end + 1 :])
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}")

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from command_line import parse_args
 from gym.wrappers.normalize import RunningMeanStd
 from procgen import ProcgenEnv
 from torch.distributions import Categorical, kl_divergence
@@ -44,7 +45,7 @@ class Args:
 
     def __post_init__(self):
         if self.script not in SCRIPTS:
-            raise ValueError(f"script must be one of {', '.join(SCRIPTS)}, not {self.script}")
+            raise ValueError(f"SCRIPT, the first word, must be one of {', '.join(SCRIPTS)}")
         if self.iterations < 1 or self.warmup < 1:
             raise ValueError("--iterations and --warmup must be at least 1")
 
@@ -310,7 +311,7 @@ class Measurement:
 
 
 def main():
-    args, rest = tyro.cli(Args, description=__doc__, return_unknown_args=True)
+    args, rest = parse_args(Args, __doc__, return_unknown_args=True)
     script = importlib.import_module(args.script)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{os.cpu_count()} cores, {machine}, torch {torch.__version__}")

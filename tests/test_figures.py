@@ -83,7 +83,7 @@ def run_main(monkeypatch, *words) -> dict[str, list]:
 
     monkeypatch.setattr(figures, "save", keep)
     monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, words), "--bootstrap", "50"])
-    figures.main(figures.parse_args())
+    figures.main(figures.parse_args(figures.Args, ""))
     return axes
 
 
@@ -332,7 +332,7 @@ def test_bad_input(words, expected, runs, tmp_path, monkeypatch, capsys):
     words = [str(places.get(word, word)) for word in words.split()]
     monkeypatch.setattr(sys, "argv", ["figures.py", *words])
     with pytest.raises(SystemExit) as stop:
-        figures.main(figures.parse_args())
+        figures.main(figures.parse_args(figures.Args, ""))
     out, err = capsys.readouterr()
     assert (
         stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("figures.py: error: ")

@@ -20,7 +20,9 @@ LONG = flags(**SETTINGS | {"total_timesteps": 10_000_000, "checkpoint_interval":
 
 def plan(output: Path, *words: str, extra: list[str] = LONG) -> list[sweep.Run]:
     """Of one game and seed unless told otherwise."""
-    args = sweep.parse(sweep.Args, ["--games", "fruitbot", "--seeds", "1", "--output", str(output), *words])
+    args = sweep.parse_args(
+        sweep.Args, "", ["--games", "fruitbot", "--seeds", "1", "--output", str(output), *words]
+    )
     return sweep.make_plan(args, extra)
 
 
@@ -56,7 +58,9 @@ def test_cost(tmp_path, capsys):
     """Whole iterations of 64 steps: 7,200,000 at 1,000 a second are two hours, at 250 eight."""
     words = ["--algorithms", "ppo", "mdpo", "--steps-per-second", "1000", "250", "--gpus", "0.5", "--dry-run"]
     extra = flags(**SETTINGS | {"total_timesteps": 7_200_063})
-    args = sweep.parse(sweep.Args, ["--games", "fruitbot", "--seeds", "1", "--output", str(tmp_path), *words])
+    args = sweep.parse_args(
+        sweep.Args, "", ["--games", "fruitbot", "--seeds", "1", "--output", str(tmp_path), *words]
+    )
     sweep.main(args, extra)
     out, err = capsys.readouterr()
     assert err == "" and not list(tmp_path.iterdir())
@@ -75,7 +79,10 @@ def test_threads_are_the_cores_unless_told(tmp_path):
     (run,) = plan(tmp_path, "--algorithms", "ppo", "--cpus", "3", extra=[*LONG, "--num-env-threads", "1"])
     assert run.command.index("3") < run.command.index("--resume") - 1
     assert (
-        sweep.parse(sweep.importlib.import_module("ppo_procgen").Args, run.command[1:]).num_env_threads == 1
+        sweep.parse_args(
+            sweep.importlib.import_module("ppo_procgen").Args, "", run.command[1:]
+        ).num_env_threads
+        == 1
     )
 
 
@@ -147,13 +154,14 @@ BAD = [  # what is written on the command line, and words that the message has
 
 
 @pytest.mark.parametrize(("words", "expected"), BAD, ids=[words for words, _ in BAD])
-def test_bad_input(words, expected, tmp_path, capsys):
+def test_bad_input(words, expected, tmp_path, capsys, monkeypatch):
     """One line, status 2, and nothing written."""
     own, _, extra = words.partition("--" if words.startswith("-- ") else " -- ")
     defaults = ["--algorithms", "ppo"] * ("--algorithms" not in own)
     defaults += ["--games", "fruitbot"] * ("--games" not in own)
+    monkeypatch.setattr(sys, "argv", ["sweep.py"])
     with pytest.raises(SystemExit) as stop:
-        args = sweep.parse(sweep.Args, [*defaults, "--output", str(tmp_path), *own.split()])
+        args = sweep.parse_args(sweep.Args, "", [*defaults, "--output", str(tmp_path), *own.split()])
         sweep.main(args, extra.split())
     _, err = capsys.readouterr()
     assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("sweep.py: error: ")

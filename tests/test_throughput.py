@@ -36,8 +36,17 @@ def test_table(name, each, tmp_path):
         assert "environments alone" in text and "network alone" in text and "peak host memory" in text
 
 
-@pytest.mark.parametrize("words", [["dqn_procgen"], ["ppo_procgen", "--iterations=0"]])
+BAD = {"dqn_procgen": "SCRIPT", "--device cpu": "SCRIPT", "ppo_procgen --iterations=0": "--iterations"}
+BAD |= {
+    "ppo_procgen --warmup x": "--warmup",
+    "ppo_procgen --gamma 2": "--gamma",
+    "ppo_procgen --games chess": "--env-id",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
 def test_bad_input(words, tmp_path):
-    result = run(tmp_path, *words)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert words[-1].strip("=0") in result.stderr
+    """One line that names what is wrong, and status 2."""
+    result = run(tmp_path, *words.split())
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert BAD[words] in result.stderr and not list(tmp_path.iterdir())
