@@ -106,7 +106,8 @@ class Args:
     def __post_init__(self):
         def check(ok: bool, name: str, needs: str):
             if not ok:
-                raise ValueError(f"--{name.replace('_', '-')} {needs}, not {getattr(self, name)}")
+                value = "" if getattr(self, name) is True else f", not {getattr(self, name)}"
+                raise ValueError(f"--{name.replace('_', '-')} {needs}{value}")
 
         check(self.env_id in ENV_NAMES, "env_id", f"must be one of {', '.join(ENV_NAMES)}")
         named = re.fullmatch(r"[\w.+=-]{1,99}", self.exp_name)
@@ -125,13 +126,11 @@ class Args:
         check(widths, "channels", "must be three numbers from 1 to 4096")
         can_freeze = self.pretrained_encoder or not self.freeze_encoder
         check(can_freeze, "freeze_encoder", "needs --pretrained-encoder")
-        device = re.fullmatch(r"(auto|cpu|cuda)(?::(\d+))?", self.device)
-        check(
-            device and (device[1] == "cuda" or not device[2]), "device", "must be auto, cpu, cuda or cuda:N"
-        )
-        found, index = torch.cuda.device_count(), int(device[2] or 0)
+        device = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", self.device)
+        check(device, "device", "must be auto, cpu, cuda or cuda:N")
+        found, index = torch.cuda.device_count(), int(device[1] or 0)
         needs = f"needs CUDA device {index}, and PyTorch finds {found}: auto or cpu would do"
-        check(device[1] != "cuda" or index < found, "device", needs)
+        check(self.device[:4] != "cuda" or index < found, "device", needs)
         has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # a folder of runs has none
         check(has_wandb or not self.track, "track", "needs wandb: `pip install wandb`")
 
@@ -421,9 +420,8 @@ class Runner:
         values, dones = self.data.values.cpu(), torch.from_numpy(self.dones)
         rewards = torch.from_numpy(self.normalizer(self.rewards[1:], self.dones[1:]))
         steps = (rewards, values[:-1], dones[:-1], values[-1], dones[-1])
-        self.data.advantages[:-1], self.data.returns[:-1] = compute_gae(
-            *steps, self.args.gamma, self.args.gae_lambda
-        )
+        estimates = compute_gae(*steps, self.args.gamma, self.args.gae_lambda)
+        self.data.advantages[:-1], self.data.returns[:-1] = estimates
         ended = []
         for reward, done in zip(self.rewards[1:], self.dones[1:]):
             self.episodes += [reward, np.ones_like(reward)]
@@ -604,7 +602,7 @@ def catch_signals() -> list[int]:
         signals.append(signum)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("\nstopping after this iteration; once more stops at once", file=sys.stderr, flush=True)
+        print("\nstopping after this iteration or test; once more stops at once", file=sys.stderr, flush=True)
 
     signal.signal(signal.SIGINT, catch)
     signal.signal(signal.SIGTERM, catch)
@@ -634,7 +632,8 @@ def parse_args() -> Args:
 
     args = parse(Args())
     path = find_checkpoint(args)
-    saved = read_checkpoint(path)["args"] if path else {}
+    checkpoint = read_checkpoint(path) if path else {"args": {}, "iteration": 0}
+    saved = checkpoint["args"]
     try:
         if path:
             args = parse(Args(**saved | {"resume": str(path)}))
@@ -646,6 +645,8 @@ def parse_args() -> Args:
                 value = "empty" if saved[name] == "" else saved[name]
                 fail(f"--{name.replace('_', '-')} must stay {value}, as in {path}: leave it out")
         args = replace(args, resume="")  # now everything is checked
+        if (steps := checkpoint["iteration"] * args.batch_size) > args.total_timesteps:
+            fail(f"--total-timesteps must be at least {steps}, where {path} is, not {args.total_timesteps}")
     except (AttributeError, TypeError, ValueError) as error:
         fail(f"{error}, with the settings in {path}" if path else str(error))
     args.resume = str(path or "")
@@ -656,6 +657,8 @@ def main(args: Args, signals=()):
     """Trains. Once something is in `signals`, stops after the iteration under way."""
     if args.pretrained_encoder and not args.resume:
         channels, encoder = read_encoder(args.pretrained_encoder)
+        if args.channels not in (Args.channels, channels):
+            fail(f"--channels must be {channels}, as in {args.pretrained_encoder}: leave it out")
         args = replace(args, channels=channels)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)

@@ -122,4 +122,16 @@ def test_bad_files(name, kind, source, tmp_path, capsys):
 
 def test_freezing_needs_a_file(script, tmp_path, capsys):
     assert train(script, tmp_path, "--freeze-encoder") == 2
-    assert "--freeze-encoder needs --pretrained-encoder" in capsys.readouterr().err
+    assert (
+        capsys.readouterr().err
+        == f"{script.__name__}.py: error: --freeze-encoder needs --pretrained-encoder\n"
+    )
+
+
+@pytest.mark.parametrize("name", [SINGLE[0], MUTUAL[0]])
+def test_channels_are_those_of_the_file(name, source, tmp_path, capsys):
+    """Other ones are not silently given up."""
+    words = ["--pretrained-encoder", source, *flags(**(SETTINGS | {"channels": (8, 4, 4)}))]
+    assert train(importlib.import_module(name), tmp_path, *words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--channels must be (4, 6, 8)" in err and not (tmp_path / "runs").exists()

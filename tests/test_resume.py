@@ -357,6 +357,17 @@ def test_a_contradicting_flag_is_an_error(straight, tmp_path, capsys):
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
+def test_less_than_what_is_done_is_an_error(straight, tmp_path, capsys):
+    done = SETTINGS["total_timesteps"]
+    with pytest.raises(SystemExit) as stop:
+        parse(straight.script, tmp_path, "--resume", straight.run_dir, "--total-timesteps", done - 1)
+    err = capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and err.count("\n") == 1 and f"--total-timesteps must be at least {done}" in err
+    )
+    parse(straight.script, tmp_path, "--resume", straight.run_dir, "--total-timesteps", done)
+
+
 @pytest.mark.parametrize("which", ["folder", "file"])
 def test_settings_need_not_be_given_again(straight, tmp_path, which):
     target = straight.run_dir / "checkpoint.pt" if which == "file" else straight.run_dir

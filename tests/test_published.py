@@ -1,0 +1,77 @@
+"""benchmark/published.py on runs whose returns are known."""
+
+import os
+import sys
+
+os.environ["MPLBACKEND"] = "agg"
+
+import pandas as pd
+import pytest
+from common import ROOT
+from test_figures import write_run
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import published
+from figures import TEST, TRAIN
+
+SHORT = {240_000: 2.0, 260_000: 4.0, 300_000: 90.0, 490_000: 5.0}
+
+
+def run_main(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["published.py", *map(str, words)])
+    published.main(published.parse_args(published.Args, ""))
+
+
+def test_table_and_picture(tmp_path, monkeypatch, capsys):
+    """Means within 5 % of the steps; final tests before those on the way; what is not there stays empty."""
+    curves = [{TRAIN: SHORT, TEST: {250_000: 1.5, 490_000: 7.0}}]
+    write_run(tmp_path, "starpilot__ppo_procgen__1__1700000000", curves, (6.25,), 507_904, mode="easy")
+    write_run(tmp_path, "starpilot__ppo_procgen__2__1700000000", [{TRAIN: {250_000: 8.0}}], mode="easy")
+    write_run(tmp_path, "starpilot__spo_procgen__1__1700000000", [{TRAIN: {250_000: 70.0}}], mode="easy")
+    output = tmp_path / "new" / "curves"
+    run_main(monkeypatch, tmp_path, "--output", output)
+    table = [
+        line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")
+    ]
+    assert table[0] == ["game", "return", "steps", "seed 1", "seed 2", "published", "their runs"]
+    rows = {(split, steps): cells for _, split, steps, *cells in table[2:]}
+    assert rows == {
+        ("train", "250,000"): ["3.00", "8.00", "3.15", "3.00 to 3.30"],
+        ("train", "500,000"): ["5.00", "", "4.41", "4.33 to 4.48"],
+        ("test", "250,000"): ["1.50", "", "2.97", "2.69 to 3.13"],
+        ("test", "500,000"): ["6.25", "", "3.78", "3.37 to 4.50"],
+    }
+    assert output.with_suffix(".png").stat().st_size > 10_000 and output.with_suffix(".pdf").exists()
+
+
+def test_published_numbers_are_whole():
+    table = pd.read_csv(published.PUBLISHED, comment="#")
+    assert table.env_id.nunique() == 16 and set(table.split) == {"train", "test"}
+    assert (table.return_min_run <= table.return_mean).all() and (
+        table.return_mean <= table.return_max_run
+    ).all()
+    assert not table.duplicated(["env_id", "split", "env_steps"]).any() and len(table) == 16 * 2 * 7
+
+
+@pytest.mark.parametrize(
+    ("mode", "words", "expected"),
+    [
+        ("hard", [], "--distribution-mode"),
+        ("easy", ["--algorithm", "dqn"], "dqn"),
+        ("easy", [], "250,000"),
+        ("easy", ["--nope"], "--nope"),
+    ],
+)
+def test_bad_input(mode, words, expected, tmp_path, monkeypatch, capsys):
+    write_run(tmp_path, "starpilot__ppo_procgen__1__1700000000", [{TRAIN: {1000: 1.0}}], mode=mode)
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch, tmp_path, "--output", tmp_path / "new" / "curves", *words)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("published.py: error: ")
+    assert expected in err and not (tmp_path / "new").exists()
+
+
+def test_nowhere_to_look(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch)
+    assert stop.value.code == 2 and "PATHS" in capsys.readouterr().err
