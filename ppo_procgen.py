@@ -35,6 +35,7 @@ import time
 import warnings
 import zipfile
 from collections import namedtuple
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -234,14 +235,17 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma: float, gae
     """Generalized advantage estimation (Schulman et al. 2016). All (num_steps, num_envs), next_* (num_envs,).
     rewards[t] is for the action at obs[t], normalised; dones[t] says that obs[t] begins an episode. Returns
     advantages and returns, of the shape of values."""
-    advantages = torch.empty_like(values)
-    advantage = torch.zeros_like(next_value)
-    for step in reversed(range(len(rewards))):
-        next_nonterminal = 1.0 - next_done.to(values.dtype)
-        delta = rewards[step] + gamma * next_value * next_nonterminal - values[step]
-        advantage = delta + gamma * gae_lambda * next_nonterminal * advantage
-        advantages[step] = advantage
-        next_value, next_done = values[step], dones[step]
+    next_values, next_dones = (
+        torch.cat([values[1:], next_value[None]]),
+        torch.cat([dones[1:], next_done[None]]),
+    )
+    next_nonterminal = 1.0 - next_dones.to(values.dtype)
+    deltas = rewards + gamma * next_values * next_nonterminal - values
+    decays = gamma * gae_lambda * next_nonterminal
+    advantages = [torch.zeros_like(next_value)]
+    for delta, decay in zip(deltas.flip(0), decays.flip(0)):
+        advantages.append(delta + decay * advantages[-1])
+    advantages = torch.stack(advantages[:0:-1])
     return advantages, advantages + values
 
 
@@ -692,14 +696,19 @@ def main(args: Args, signals=()):
     warnings.filterwarnings("ignore", ".*capturable=True")  # that it also runs uncaptured
 
     # The fast path wraps the functions above: --no-bf16 --no-compile --no-cudagraphs leaves them as they are.
-    policies, loss_function = [partial(act, agent) for agent in agents], compute_loss
+    actors, loss_function = agents, compute_loss
     if args.bf16 and (cuda or "bf16" in Path("/proc/cpuinfo").read_text()):
-        for agent in agents:
+        actors = deepcopy(agents)  # they act, with the weights that autocast would round in every step
+        for actor in actors:
+            actor.encoder.bfloat16()
+        for agent in agents + actors:
             agent.to(memory_format=torch.channels_last)
             agent.encoder.forward = torch.autocast(device.type, torch.bfloat16)(agent.encoder.forward)
+    policies = [partial(act, actor) for actor in actors]
     if cuda and args.compile:
         torch._dynamo.config.suppress_errors = True  # without a C compiler it warns, and runs eagerly
         loss_function = torch.compile(compute_loss)
+        policies = [partial(act, torch.compile(actor, dynamic=False)) for actor in actors]
     if cuda and args.cudagraphs:
         policies = [CudaGraph(policy) for policy in policies]
 
@@ -730,15 +739,21 @@ def main(args: Args, signals=()):
     saved_time, total = start_time, args.num_iterations * args.batch_size
     progress = tqdm(initial=global_step, total=total, unit="step", unit_scale=True, **style)
 
+    def refresh_actors():
+        for actor, agent in zip(actors, agents):
+            actor.load_state_dict(agent.state_dict())
+
     def step_and_show(mb_inds):
         progress.update(args.minibatch_size // args.update_epochs)
         return step(mb_inds)
 
+    refresh_actors()
     for iteration in range(done + 1, args.num_iterations + 1):
         global_step = iteration * args.batch_size
         rollout([group for runner in runners for group in runner.groups])
         episodes = [runner.finish_rollout() for runner in runners]
         metrics = update(step_and_show, args, device)
+        refresh_actors()
 
         for k, i, j in np.argwhere(~np.isfinite(metrics)):
             what = f"{METRICS[j]} of agent {i + 1} is {metrics[k, i, j]} in iteration {iteration}"
