@@ -274,11 +274,6 @@ METRICS = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac ratio
 METRICS += "mutual_kl grad_norm".split()  # a row of what minibatch_step returns
 
 
-def normalize(advantages):
-    """To mean 0 and standard deviation 1, over a minibatch (B,)."""
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
-
 def rl_loss(logits, new_values, mb: Batch, args: Args):
     """policy_loss + vf_coef value_loss - ent_coef entropy, and the first seven METRICS, from what the network
     now says of the minibatch: logits (B, num_actions) and new_values (B,). All scalars. The minibatch's
@@ -337,7 +332,8 @@ def minibatch_step(loss_function, agents: list[Agent], optimizer, batches, args:
     """One gradient step on the rows mb_inds of each agent's batch; loss_function is compute_loss. It goes
     through them in parts, for memory's sake, and adds up. Returns METRICS, a row for each agent."""
     mbs, metrics = [Batch(*(column[mb_inds] for column in batch)) for batch in batches], 0.0
-    mbs = [mb._replace(advantages=normalize(mb.advantages)) for mb in mbs]
+    for mb in mbs:  # copies, to mean 0 and standard deviation 1
+        mb.advantages[:] = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
     optimizer.zero_grad()
     for start in range(0, len(mb_inds), part_size):
         parts = [Batch(*(column[start : start + part_size] for column in mb)) for mb in mbs]
@@ -531,7 +527,7 @@ def write_file(path: Path, content):
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        fail(f"cannot write {path}, which stays as it was: {error.strerror}")
+        fail(f"cannot write {path}{', which stays as it was' * path.exists()}: {error.strerror}")
 
 
 def read_file(path, flag: str, keys: set[str]) -> dict:
@@ -573,7 +569,7 @@ def find_checkpoint(args: Args) -> Path | None:
     if args.resume == "auto":
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{10 * '[0-9]'}"
         return max(Path("runs").glob(f"{name}/checkpoint.pt"), key=os.path.getmtime, default=None)
-    return Path(args.resume, "checkpoint.pt" * Path(args.resume).is_dir()) if args.resume else None
+    return Path(args.resume, "checkpoint.pt" * os.path.isdir(args.resume)) if args.resume else None
 
 
 def save_checkpoint(path: Path, args: Args, iteration: int, optimizer, runners: list[Runner]):
@@ -696,6 +692,7 @@ def main(args: Args, signals=()):
             ctypes.CDLL(None).mallopt(parameter, 2**30)  # to give them back takes longer than to fill them
     path, checkpoint, _lock = open_run(args)
     args, run_dir, done = replace(args, resume=""), path.parent, checkpoint.get("iteration", 0)
+    print(f"run folder: {run_dir}", flush=True)
     if args.track:
         import wandb
 
@@ -790,9 +787,10 @@ def main(args: Args, signals=()):
             break
     progress.close()
 
+    stopped = bool(signals)  # later ones come too late
     for runner in runners:
         runner.save_agent()
-    if args.eval_interval and not signals:
+    if args.eval_interval and not stopped:
         print("final test, of", args.final_eval_episodes, "episodes on each kind of levels", flush=True)
         results = [runner.final_test() for runner in runners]
         print_results(results)
@@ -800,7 +798,7 @@ def main(args: Args, signals=()):
         write_file(run_dir / "final_test.json", json.dumps(content, indent=2))
     for runner in runners:
         runner.close()
-    if signals:
+    if stopped:
         print(f"stopped after {global_step:,} steps; to go on: --resume {run_dir}", flush=True)
         sys.exit(128 + signals[0])
     print(f"finished after {global_step:,} steps: {run_dir}")
@@ -813,3 +811,7 @@ if __name__ == "__main__":
         main(parse_args(), catch_signals())
     except OSError as error:  # the checkpoint before is whole
         fail(f"{error.filename or 'cannot write the curves'}: {error.strerror}")
+    except RuntimeError as error:
+        if not re.search("can't allocate memory|out of memory", str(error)):
+            raise
+        fail("out of memory: smaller --num-envs, --num-steps, --num-eval-envs or --channels would do")

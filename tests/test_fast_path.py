@@ -55,6 +55,17 @@ def first_weights(script, **settings):
     return [script.Agent(channels=args.channels).state_dict() for _ in range(num)]
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_rollouts_are_of_the_newest_weights(script, bf16, tmp_path):
+    """With one minibatch an update's first ratio is 1, in each iteration, whatever the steps before. On
+    processors without bfloat16 both are the same."""
+    settings = {"num_minibatches": 1, "update_epochs": 2, "learning_rate": 0.01, "bf16": bf16}
+    metrics, _ = train(script, tmp_path / "run", total_timesteps=5 * 256, **settings)
+    deviation = np.stack(metrics)[..., script.METRICS.index("ratio_deviation")]
+    assert deviation.shape[:2] == (5, 2)
+    assert deviation[:, 0].max() < 0.02 and deviation[:, 1].max() > 0.1
+
+
 def direction(weights, before) -> torch.Tensor:
     """The unit vector along which all weights moved."""
     moves = [after[name] - each[name] for after, each in zip(weights, before) for name in each]

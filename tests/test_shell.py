@@ -290,6 +290,7 @@ def test_signal(name, signum, tmp_path):
     )
     try:
         assert process.stdout.readline().startswith("training on the CPU")
+        assert process.stdout.readline().startswith("run folder: runs/")
         time.sleep(1)
         process.send_signal(signum)
         out, err = process.communicate(timeout=60)
@@ -317,6 +318,31 @@ def test_signal_before_the_first_iteration_lets_it_finish(script, tmp_path, monk
     for folder in agent_folders(script.__name__, run_folder(tmp_path)):
         assert list(read_curves(folder)["losses/value_loss"]) == [BATCH_SIZE]
         assert load_agent(folder / "agent.pt")["agent"]
+
+
+def test_signal_in_the_final_test_comes_too_late(script, tmp_path, monkeypatch, capsys):
+    """The run is finished then, and says so."""
+    signals, evaluate = [], script.evaluate
+
+    def evaluate_and_signal(*inputs):
+        signals.append(signal.SIGTERM)
+        return evaluate(*inputs)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "evaluate", evaluate_and_signal)
+    script.main(script.Args(**(TINY | {"eval_interval": 100})), signals)
+    assert signals and capsys.readouterr().out.splitlines()[-1].startswith("finished after 448 steps")
+    assert (run_folder(tmp_path) / "final_test.json").exists()
+
+
+@pytest.mark.parametrize("name", [SCRIPTS[0], SCRIPTS[2]])
+def test_more_memory_than_there_is(name, tmp_path):
+    """One line that says what to ask less of."""
+    command, options = shell(name, tmp_path)
+    words = flags(**(TINY | {"num_envs": 65536, "num_steps": 4096}))  # 3 TB of observations
+    result = subprocess.run([*command, *words], capture_output=True, text=True, timeout=60, **options)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "out of memory" in result.stderr and "--num-envs" in result.stderr
 
 
 def test_second_signal_kills(script, capfd):
