@@ -100,7 +100,8 @@ def same_weights(weights, other) -> bool:
 
 def test_only_the_run_folder_is_written(finished):
     assert [each.name for each in (finished.folder / "work").iterdir()] == ["runs"]
-    assert not list((finished.folder / "home").iterdir())
+    temporary = [each.name.rsplit("_", 1)[0] for each in (finished.folder / "home").iterdir()]
+    assert temporary in ([], ["torchinductor"])  # a folder that PyTorch makes where there is none yet
     assert re.fullmatch(rf"fruitbot__{finished.name}__1__\d{{10}}", finished.run_dir.name)
     files = {
         str(each.relative_to(finished.run_dir)) for each in finished.run_dir.rglob("*") if each.is_file()
@@ -339,7 +340,7 @@ def test_signal_in_the_final_test_comes_too_late(script, tmp_path, monkeypatch, 
 def test_more_memory_than_there_is(name, tmp_path):
     """One line that says what to ask less of."""
     command, options = shell(name, tmp_path)
-    words = flags(**(TINY | {"num_envs": 65536, "num_steps": 4096}))  # 3 TB of observations
+    words = flags(**(TINY | {"num_envs": 65536, "num_steps": 4096, "total_timesteps": 2**30}))  # 3 TB
     result = subprocess.run([*command, *words], capture_output=True, text=True, timeout=60, **options)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert "out of memory" in result.stderr and "--num-envs" in result.stderr
