@@ -31,7 +31,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from command_line import fail, parse_args
+from command_line import check_folder, fail, parse_args
 from procgen.env import ENV_NAMES
 from tqdm import tqdm
 
@@ -255,9 +255,8 @@ def main(args: Args, extra: list[str]):
     args.output = args.output.resolve()
     runs = make_plan(args, extra)
     todo = [run for run in runs if run.state != "finished"]
-    nearest = next(path for path in (args.output, *args.output.parents) if path.exists())
-    if todo and not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        fail(f"--output {args.output}: {nearest} is no folder that can be written to")
+    if todo:
+        check_folder("--output", args.output)
     print_plan(runs, todo, args)
     if args.dry_run or not todo:
         return

@@ -152,7 +152,7 @@ def test_output_that_cannot_be(output, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         sweep.main(sweep.parse_args(sweep.Args, "", words), LONG)
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and "error: --output /" in err
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and "error: --output: /" in err
     assert (tmp_path / "file").read_text() == "kept"
 
 
