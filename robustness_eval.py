@@ -31,6 +31,7 @@ import re
 import struct
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections import namedtuple
@@ -552,10 +553,26 @@ def draw_scores(rows: list[dict]) -> Figure:
     return figure
 
 
-def write_results(folder: Path, args: Args, rows: list[dict], table: str, figures: dict[str, Figure]):
-    """Writes the whole folder or nothing."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as unfinished:
-        results = Path(unfinished, "results")
+def make_unfinished(folder: Path, log_dir: str) -> tempfile.TemporaryDirectory:
+    """The temporary folder, beside `folder`, that the results go to; the end of the process if there can be
+    none, or no file in log_dir, before that costs any work."""
+    flag = f"--log-dir {log_dir}"
+    try:
+        if log_dir:
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=log_dir).close()
+        flag = f"--output {folder}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.")
+    except OSError as error:
+        fail(f"{flag}: {error.strerror}")
+
+
+def write_results(unfinished: Path, folder: Path, args: Args, rows: list[dict], table: str, figures: dict):
+    """Writes the whole folder or nothing, by way of the folder `unfinished`. Returns its name, to which the
+    time is appended if meanwhile there is a `folder`. figures: {name: Figure}."""
+    try:
+        results = unfinished / "results"
         results.mkdir()
         (results / "table.md").write_text(table)
         content = {"settings": asdict(args), "results": rows}
@@ -566,7 +583,11 @@ def write_results(folder: Path, args: Args, rows: list[dict], table: str, figure
             writer.writerows(rows)
         for name, figure in figures.items():
             figure.savefig(results / f"{name}.png")
-        results.replace(folder)
+        if os.path.lexists(folder):
+            folder = folder.with_name(f"{folder.name}-{int(time.time())}")
+        return results.replace(folder)
+    except OSError as error:
+        fail(f"--output {folder}: {error.strerror or error}")
 
 
 def write_tensorboard(log_dir: str, rows: list[dict], folder: Path):
@@ -594,14 +615,8 @@ def read_command_line() -> Args:
         fail(message.split("; For full helptext")[0])
 
 
-def main(args: Args):
-    """Runs the tests game by game, prints the table and writes the folder."""
-    folder = Path(args.output or f"robustness/{int(time.time())}")
-    if folder.exists():
-        fail(f"--output {folder} exists: name a folder that does not")
-    games = read_agents(args)
-    for each in (folder.parent, *filter(None, [args.log_dir])):  # one that cannot be made costs no work
-        Path(each).mkdir(parents=True, exist_ok=True)
+def run_tests(args: Args, games: dict[Game, list[Checkpoint]]) -> tuple[list[dict], dict[str, Figure]]:
+    """Game by game. Returns the rows of all, and the pictures by name."""
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False  # float32 throughout
     device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
     rows, figures = [], {}
@@ -617,16 +632,34 @@ def main(args: Args):
         for name in [name for name in names if copies_of(name, game, TSNE_COPIES) > 1][:1]:
             figures[f"tsne_{title}"] = draw_tsne(name, game, checkpoints, shown, args, device)
         figures[f"scores_{title}"] = draw_scores(scores)
-    table = markdown(rows)
-    print(f"\n{table}")
-    write_results(folder, args, rows, table, figures)
+    return rows, figures
+
+
+def main(args: Args):
+    """Runs the tests, prints the table and writes the folder."""
+    folder = Path(args.output or f"robustness/{int(time.time())}")
+    if os.path.lexists(folder):
+        fail(f"--output {folder} exists: name a folder that does not")
+    games = read_agents(args)
+    with make_unfinished(folder, args.log_dir) as unfinished:
+        rows, figures = run_tests(args, games)
+        table = markdown(rows)
+        print(f"\n{table}")
+        folder = write_results(Path(unfinished), folder, args, rows, table, figures)
     if args.log_dir:
-        write_tensorboard(args.log_dir, rows, folder)
+        try:
+            write_tensorboard(args.log_dir, rows, folder)
+        except OSError as error:
+            fail(f"--log-dir {args.log_dir}: {error.strerror}; the results are in {folder}")
     print(f"finished: {folder}")
 
 
 if __name__ == "__main__":
+    # The thread that writes for TensorBoard reports a full disk by a traceback, and then to the next flush.
+    threading.excepthook = lambda why: isinstance(why.exc_value, OSError) or threading.__excepthook__(why)
     try:
         main(read_command_line())
     except OSError as error:
-        fail(f"{error.filename or 'cannot write the results'}: {error.strerror}")
+        fail(f"{error.filename or 'cannot go on'}: {error.strerror or error}")
+    except KeyboardInterrupt:  # the unfinished folder is gone
+        sys.exit(130)

@@ -1,7 +1,8 @@
-"""What the command lines of this folder share: errors of one line, and exit status 2."""
+"""What the command lines of this folder share: errors of one line with exit status 2, whole files."""
 
 import contextlib
 import io
+import os
 import re
 import sys
 from pathlib import Path
@@ -38,3 +39,26 @@ def check_ranges(args, ranges: dict[str, tuple[int, int]]):
         numbers = value if isinstance(value, tuple) else (value,)
         if not numbers or min(numbers) < low or max(numbers) > high:
             raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+
+
+def check_folder(flag: str, path: Path):
+    """Ends the process if there can be no such folder, or nothing be written to it. Makes none."""
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        fail(f"{flag}: {nearest} is no folder that can be written to")
+
+
+@contextlib.contextmanager
+def replacing(flag: str, path: Path):
+    """Gives a name, with the suffixes of path, for a file that becomes path when it is whole; an OSError ends
+    the process, and what was there before stays."""
+    unfinished = path.with_name(f".tmp.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as error:
+        fail(f"{flag} {path}: {error.strerror or error}")
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()

@@ -27,13 +27,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from command_line import fail, parse_args
+from command_line import check_folder, fail, parse_args, replacing
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
 TRAIN, TEST = "charts/episodic_return", "charts/test_episodic_return"
 GAP, FINAL = "charts/generalization_gap", "final_test/full_distribution"
+RUN = r"(?P<game>.+?)__(?P<algorithm>.+)__(?P<seed>\d+)__(?P<time>\d+)"  # name of a run folder
 COLUMNS = {"run": str, "tag": str, "step": "int64", "value": "float64"}
 AXES = {TRAIN: "training return", TEST: "test return", GAP: "generalization gap"}
 # fmt: off
@@ -70,59 +71,72 @@ class Args:
             raise ValueError(f"PATHS: there is no {', '.join(missing)}")
         if self.labels and len(self.labels) != len(self.algorithms):
             raise ValueError("--labels must be as many as --algorithms")
+        if self.csv and self.csv.name in ("", ".."):
+            raise ValueError(f"--csv must end in a file's name, not be {self.csv}")
         for name, low in (("smooth", 1), ("bootstrap", 10)):
             if not low <= getattr(self, name) <= 10**6:
                 raise ValueError(f"--{name} must be from {low} to 1000000, not {getattr(self, name)}")
 
 
-def read_folder(path: Path, args: Args) -> pd.DataFrame:
-    """The curves and final tests of all runs below path. A file of events that is cut short ends earlier."""
+def read_folder(path: Path, args: Args, settings: dict) -> pd.DataFrame:
+    """The curves and final tests of all runs below path, which must have these settings. A file of events
+    that is cut short ends earlier. Runs of games and algorithms that are not asked for get an empty row."""
     folders = sorted({file.parent for file in path.resolve().rglob("events.out.tfevents.*")})
     runs = [(each, each.parent if each.name.startswith("agent_") else each) for each in folders]
-    runs = [(each, run) for each, run in runs if re.fullmatch(r".+__.+__\d+__\d+", run.name)]
+    runs = [(each, run, found) for each, run in runs if (found := re.fullmatch(RUN, run.name))]
     rows = []
-    for folder, run in tqdm(runs, desc=f"reading {path}", disable=None):
+    for folder, run, found in tqdm(runs, desc=f"reading {path}", disable=None):
         name = str(folder.relative_to(run.parent))
+        chosen = ("game", args.games), ("algorithm", args.algorithms)
+        if any(names and found[column] not in names for column, names in chosen):
+            rows.append((name, "", 0, np.nan))
+            continue
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 1}).Reload()
         if "hyperparameters/text_summary" in events.Tags()["tensors"]:
             (event,) = events.Tensors("hyperparameters/text_summary")
-            mode = re.search(r"\|distribution_mode\|(\w+)\|", event.tensor_proto.string_val[0].decode())
-            if mode and mode[1] != args.distribution_mode:
-                fail(f"--distribution-mode is {args.distribution_mode}, and {folder} is {mode[1]}")
+            text = event.tensor_proto.string_val[0].decode()
+            for key, needed in settings.items():
+                made = re.search(rf"\|{key}\|(.*)\|", text)
+                if made and made[1] != str(needed):
+                    flag = f"--{key.replace('_', '-')}"
+                    fail(f"PATHS: {folder} was made with {flag} {made[1]}, and {flag} {needed} is needed")
         for tag in sorted({*args.tags, TEST} & {*events.Tags()["scalars"]}):
             rows += [(name, tag, event.step, event.value) for event in events.Scalars(tag)]
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
             test = json.loads((run / "final_test.json").read_text())
             for kind, each in test["agents"][int(folder.name[6:]) - 1 if folder != run else 0].items():
                 rows.append((name, f"final_test/{kind}", test["global_step"], each["mean"]))
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 
-def read(args: Args) -> pd.DataFrame:
-    """All that is to be drawn, in long form: run, tag, step, value."""
+def read(args: Args, settings: dict) -> pd.DataFrame:
+    """All that is to be drawn, in long form: run, tag, step, value. Run folders must have these settings."""
     frames = []
     for path in args.paths:
         if path.is_dir():
-            frames.append(read_folder(path, args))
+            frames.append(read_folder(path, args, settings))
             continue
         try:
             frames.append(pd.read_csv(path)[list(COLUMNS)].astype(COLUMNS))
         except Exception as error:  # pandas has many names for a file that is no such CSV
             fail(f"{path} is not a CSV with the columns run, tag, step, value: {str(error).splitlines()[0]}")
-    return pd.concat(frames, ignore_index=True).dropna().drop_duplicates()
+    return pd.concat(frames, ignore_index=True).drop_duplicates()
 
 
-def select(data: pd.DataFrame, args: Args) -> pd.DataFrame:
-    """The newest runs of the chosen games and algorithms, with the columns game, algorithm and seed."""
-    pattern = r"^(?P<game>.+?)__(?P<algorithm>.+)__(?P<seed>\d+)__(?P<time>\d+)(?:/agent_\d+)?$"
+def select(data: pd.DataFrame, args: Args, of_algorithms: str = "--algorithms") -> pd.DataFrame:
+    """The newest runs of the chosen games and algorithms, with the columns game, algorithm and seed.
+    `of_algorithms` is the flag of the command that chose these."""
+    pattern = rf"^{RUN}(?:/agent_\d+)?$"
     data = data.join(data.run.str.extract(pattern).astype({"time": "float64"}))
     data = data[data.game.isin(BOUNDS)]
-    for column, chosen in (("game", args.games), ("algorithm", args.algorithms)):
+    chosen_by = ("--games", "game", args.games), (of_algorithms, "algorithm", args.algorithms)
+    for flag, column, chosen in chosen_by:
         found = sorted(set(data[column]))
         if unknown := set(chosen) - set(found):
             names = ", ".join(found) or "none"
-            fail(f"--{column}s: there are no runs of {', '.join(sorted(unknown))}, only of {names}")
+            fail(f"{flag}: there are no runs of {', '.join(sorted(unknown))}, only of {names}")
         data = data[data[column].isin(chosen or found)]
+    data = data.dropna()
     if data.empty:
         fail(f"PATHS: no runs with curves in {', '.join(map(str, args.paths))}")
     newest = data.groupby(["game", "algorithm", "seed"]).time.transform("max")
@@ -260,7 +274,8 @@ def draw_aggregate(estimates: list[tuple[str, dict]], args: Args):
 
 def save(figure, name: str, args: Args):
     for suffix in ("pdf", "png"):
-        figure.savefig(args.output / f"{name}.{suffix}", dpi=200)
+        with replacing("--output", args.output / f"{name}.{suffix}") as path:
+            figure.savefig(path, dpi=200)
     plt.close(figure)
 
 
@@ -289,7 +304,10 @@ def make_table(returns: dict, unfinished: set, estimates: list[tuple[str, dict]]
 
 
 def main(args: Args):
-    everything = read(args)
+    check_folder("--output", args.output)
+    if args.csv:
+        check_folder("--csv", args.csv.parent)
+    everything = read(args, {"distribution_mode": args.distribution_mode})
     data = select(everything, args)
     names = args.algorithms or sorted(set(data.algorithm))
     if len(names) > 10:
@@ -298,9 +316,9 @@ def main(args: Args):
     if len(set(labels.values())) < len(names):
         fail(f"--labels must differ from each other, not be {', '.join(labels.values())}")
     print_missing(data)
-    args.output.mkdir(parents=True, exist_ok=True)
     if args.csv:
-        everything.to_csv(args.csv, index=False, float_format="%.7g")
+        with replacing("--csv", args.csv) as path:
+            everything.dropna().to_csv(path, index=False, float_format="%.7g")
     for tag in args.tags:
         if (data.tag == tag).any():
             draw_curves(data[data.tag == tag], tag, labels, args)
@@ -311,7 +329,8 @@ def main(args: Args):
     if estimates:
         draw_aggregate(estimates, args)
     table = make_table(returns, unfinished, estimates, args.distribution_mode)
-    (args.output / "table.md").write_text(table)
+    with replacing("--output", args.output / "table.md") as path:
+        path.write_text(table)
     print(table, f"figures: {args.output}", sep="\n")
 
 
@@ -325,4 +344,4 @@ if __name__ == "__main__":
     try:
         main(parse_args(Args, __doc__))
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}")
+        fail(f"{error.filename or 'PATHS'}: {error.strerror or error}")

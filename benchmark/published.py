@@ -4,9 +4,9 @@
     python benchmark/published.py runs
 
 Reads what figures.py reads, and takes the runs of --algorithm. They must have been made with the settings of
-that command, for any number of steps. At each published number of steps a run's return is the mean of what it
-logged within 5 % of it, and its test return that of its final test if it ended there. Prints a table, and
-draws the curves with the published points to OUTPUT.png and OUTPUT.pdf.
+that command, for any number of steps, which is checked but for CSV files. At each published number of steps a
+run's return is the mean of what it logged within 5 % of it, and its test return that of its final test if it
+ended there. Prints a table, and draws the curves with the published points to OUTPUT.png and OUTPUT.pdf.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,12 @@ import figures
 import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
-from command_line import fail, parse_args
+from command_line import check_folder, fail, parse_args, replacing
 
 PUBLISHED = Path(__file__).parent / "results" / "published_ppo.csv"
 SPLITS = {"train": [figures.TRAIN], "test": [figures.FINAL, figures.TEST]}  # and their tags, the better first
+SETTINGS = {"distribution_mode": "easy", "num_levels": 200, "start_level": 0}  # of the published runs
+SETTINGS |= {"num_envs": 64, "num_steps": 256}
 
 
 @dataclass
@@ -32,6 +34,10 @@ class Args:
 
     def __post_init__(self):
         figures.Args(paths=self.paths)  # has the same to say of them
+        if self.output.name in ("", ".."):
+            raise ValueError(f"--output must end in a file's name, not be {self.output}")
+        if self.output.suffix in (".png", ".pdf"):
+            self.output = self.output.with_suffix("")
 
 
 def return_near(run: pd.DataFrame, split: str, steps: int) -> float | None:
@@ -73,26 +79,27 @@ def draw(data: pd.DataFrame, published: pd.DataFrame, output: Path):
                 axis.plot(run.step / 1e6, run.value, ".-", color=f"C{number}", label=f"here, seed {seed}")
             near = published[(published.env_id == game) & (published.split == split)]
             near = near[near.env_steps <= 1.05 * end]
-            mean, low, high = near.return_mean, near.return_min_run, near.return_max_run
+            columns = ["env_steps", "return_mean", "return_min_run", "return_max_run"]
+            steps, mean, *ends = near[columns].to_numpy().T
             style = {"fmt": "D", "color": "black", "capsize": 4, "markersize": 4, "zorder": 3}
-            axis.errorbar(
-                near.env_steps / 1e6, mean, (mean - low, high - mean), label="published, 3 runs", **style
-            )
+            axis.errorbar(steps / 1e6, mean, abs(ends - mean), label="published, 3 runs", **style)
             axis.grid(alpha=0.3)
         axes[0, column].set_title(game)
         axes[1, column].set_xlabel("million steps")
     axes[0, 0].set_ylabel("return, 200 training levels")
     axes[1, 0].set_ylabel("return, full distribution")
     axes[0, 0].legend(frameon=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "pdf"):
-        figure.savefig(f"{output}.{suffix}", dpi=150)
+        with replacing("--output", output.with_name(f"{output.name}.{suffix}")) as path:
+            figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def main(args: Args):
     options = figures.Args(paths=args.paths, algorithms=(args.algorithm,), distribution_mode="easy")
-    data, published = figures.select(figures.read(options), options), pd.read_csv(PUBLISHED, comment="#")
+    check_folder("--output", args.output.parent)
+    data = figures.select(figures.read(options, SETTINGS), options, "--algorithm")
+    published = pd.read_csv(PUBLISHED, comment="#")
     table = compare(data, published)
     if table.empty:
         fail(f"PATHS: no run has come to {published.env_steps.min():,} steps, the first published number")
@@ -108,4 +115,4 @@ if __name__ == "__main__":
     try:
         main(parse_args(Args, __doc__))
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}")
+        fail(f"{error.filename or 'PATHS'}: {error.strerror or error}")

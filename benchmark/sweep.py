@@ -31,7 +31,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from command_line import fail, parse_args
+from command_line import check_folder, fail, parse_args
 from procgen.env import ENV_NAMES
 from tqdm import tqdm
 
@@ -118,20 +118,24 @@ def make_plan(args: Args, extra: list[str]) -> list[Run]:
         hours = steps / args.steps_per_second[algorithm.startswith("md")] / 3600
         command = [str(ROOT / f"{script}.py"), *words, "--resume", "auto"]
         name = f"{game}__{exp_name}__{seed}"
-        runs.append(Run(name, command, steps, hours, find_state(name, settings, steps, args.output)))
+        state, encoder = find_state(name, settings, steps, args.output), settings["pretrained_encoder"]
+        # What is left of * may fit a run that is still to come.
+        if encoder and state == "new" and "*" not in encoder and not (args.output / encoder).is_file():
+            fail(f"--pretrained-encoder: there is no {encoder}, for {name}")
+        runs.append(Run(name, command, steps, hours, state))
     return runs
 
 
 def find_state(run_name: str, settings: dict, steps: int, output: Path) -> str:
     """new, interrupted or finished; the end of the process if what is finished had other settings."""
-    states = {"new"}
+    states, indifferent = {"new"}, [*INDIFFERENT, *["channels"] * bool(settings["pretrained_encoder"])]
     for folder in (output / "runs").glob(f"{run_name}__{'[0-9]' * 10}"):
         if (folder / "checkpoint.pt").exists():
             states.add("interrupted")
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
             content = json.loads((folder / "final_test.json").read_text())
             for name, value in content["args"].items():
-                if name not in INDIFFERENT and settings.get(name, value) != value:
+                if name not in indifferent and settings.get(name, value) != value:
                     made = f"{folder} was made with --{name.replace('_', '-')} {value}"
                     fail(f"{made}, not {settings[name]}: take --variants NAME=FLAGS or another --output")
             if content["global_step"] >= steps:
@@ -251,6 +255,8 @@ def main(args: Args, extra: list[str]):
     args.output = args.output.resolve()
     runs = make_plan(args, extra)
     todo = [run for run in runs if run.state != "finished"]
+    if todo:
+        check_folder("--output", args.output)
     print_plan(runs, todo, args)
     if args.dry_run or not todo:
         return
@@ -277,4 +283,4 @@ if __name__ == "__main__":
     try:
         main(parse_args(Args, __doc__, sys.argv[1:end]), sys.argv[end + 1 :])
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}")
+        fail(f"{error.filename or '--output'}: {error.strerror or error}")

@@ -46,6 +46,8 @@ class Args:
     def __post_init__(self):
         if self.script not in SCRIPTS:
             raise ValueError(f"SCRIPT, the first word, must be one of {', '.join(SCRIPTS)}")
+        if not self.games:
+            raise ValueError("--games needs one or more games")
         if self.iterations < 1 or self.warmup < 1:
             raise ValueError("--iterations and --warmup must be at least 1")
 
@@ -186,6 +188,8 @@ class Measurement:
         self.script_args.num_iterations = total + 1
         self.script.rollout, self.script.update, self.last = self.rollout, self.update, total
         self.script.Runner.finish_rollout = lambda runner: self.measure("GAE", self.finish, runner)
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
         here, keep_output = Path.cwd(), contextlib.redirect_stdout(sys.stderr)
         try:
             with tempfile.TemporaryDirectory() as folder, keep_output:
@@ -306,18 +310,22 @@ class Measurement:
             print(f"plain loop: {batch / plain:,.0f} steps a second; ratio {plain / seconds:.2f}")
         print(f"peak host memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
         if self.cuda:
-            print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated")
+            peak = torch.cuda.max_memory_allocated(self.device)
+            print(f"peak GPU memory: {peak / 2**30:.2f} GiB allocated")
         sys.stdout.flush()
 
 
 def main():
     args, rest = parse_args(Args, __doc__, return_unknown_args=True)
     script = importlib.import_module(args.script)
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    print(f"{os.cpu_count()} cores, {machine}, torch {torch.__version__}")
+    measurements = []
     for game in args.games:
         sys.argv = [f"{args.script}.py", "--env-id", game, "--eval-interval", "0", *rest]
-        measurement = Measurement(args, script, script.parse_args(), " ".join(rest) or "no flags")
+        measurements.append(Measurement(args, script, script.parse_args(), " ".join(rest) or "no flags"))
+    gpu = measurements[0].cuda and torch.cuda.get_device_name(measurements[0].device)
+    print(f"{os.cpu_count()} cores, {gpu or 'no GPU'}, torch {torch.__version__}", flush=True)
+    while measurements:
+        measurement = measurements.pop(0)
         measurement.run()
         measurement.report()
 

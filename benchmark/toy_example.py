@@ -14,6 +14,7 @@ the same number of iterations: what lies between 0 and 1 there is on its way, or
 
 import os
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from command_line import check_ranges, fail, parse_args
+from command_line import check_ranges, fail, parse_args, replacing
 
 from mdpo_procgen import Agent, mutual_kl, policy_loss
 
@@ -61,6 +62,10 @@ class Args:
     def __post_init__(self):
         ranges = {"seeds": (1, 1000), "coin_sizes": (1, 24), "iterations": (1, 10_000), "channels": (1, 4096)}
         check_ranges(self, ranges | {"processes": (0, 1000)})
+        if self.figure.name in ("", ".."):
+            raise ValueError(f"--figure must end in a file's name, not be {self.figure}")
+        if self.figure.suffix in (".pdf", ".png"):
+            self.figure = self.figure.with_suffix("")
 
 
 def make_pictures(coin_size: int) -> torch.Tensor:
@@ -194,9 +199,8 @@ def draw(args: Args, results: np.ndarray):
     bottom.colorbar(image, ax=panels, label=label, ticks=(0, 0.5, 1))
     for suffix in (".pdf", ".png"):
         path = args.figure.with_name(args.figure.name + suffix)
-        unfinished = path.with_name(f".{path.name}.tmp")
-        figure.savefig(unfinished, format=suffix[1:], dpi=150)
-        unfinished.replace(path)
+        with replacing("--figure", path) as unfinished:
+            figure.savefig(unfinished, dpi=150)
         print(f"wrote {path}")
     plt.close(figure)
 
@@ -204,6 +208,7 @@ def draw(args: Args, results: np.ndarray):
 def main(args: Args):
     try:
         args.figure.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.figure.parent).close()  # that it can be written costs no training
         results = make_map(args)
         print_table(args, results)
         draw(args, results)

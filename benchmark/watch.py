@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import shutil
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -40,6 +41,8 @@ class Args:
     def __post_init__(self):
         if not 1 <= len(self.checkpoints) <= 8:
             raise ValueError(f"CHECKPOINTS must be 1 to 8 agent.pt files, not {len(self.checkpoints)}")
+        if self.output and self.output.name in ("", ".."):
+            raise ValueError(f"--output must end in a file's name, not be {self.output}")
         check_ranges(self, {"episodes": (1, 1000), "max_steps": (1, 10_000), "seed": (0, 2**31 - 1)})
 
 
@@ -48,6 +51,8 @@ class Player:
 
     def __init__(self, path: Path, seed: int):
         try:
+            if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                raise ValueError
             content = torch.load(path, map_location="cpu", weights_only=True)
             saved, names = content["args"], ("env_id", "distribution_mode", "channels")
             args = mdpo_procgen.Args(**{name: saved[name] for name in names})  # which checks them
@@ -135,6 +140,7 @@ def main(args: Args):
     if len(games) > 1:
         fail(f"CHECKPOINTS must be of one game in one distribution mode, not {', '.join(games)}")
     output = args.output or Path("videos", players[0].game[0])
+    output = output.with_suffix("") if output.suffix in (".mp4", ".gif") else output
     video, gif = (output.with_name(output.name + suffix) for suffix in (".mp4", ".gif"))
     raw = f"-f rawvideo -pix_fmt rgb24 -s {WIDTH * len(players)}x{HEIGHT} -r {FRAMES_PER_SECOND} -i -"
     palette = "split[a][b];[a]palettegen=max_colors=96[p];[b][p]paletteuse=dither=none"
@@ -147,9 +153,12 @@ def main(args: Args):
             if gif.stat().st_size <= GIF_BYTES:
                 break
     except OSError as error:
-        fail(f"--output {output}: {error.strerror}")
+        fail(f"--output {output}: {error.strerror or error}")
     print(f"wrote {video} and {gif}")
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    try:
+        main(parse_args(Args, __doc__))
+    except KeyboardInterrupt:  # the unfinished file is gone
+        sys.exit(130)

@@ -27,6 +27,13 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 OFF = {"bf16": False, "compile": False, "cudagraphs": False}
 
 
+@pytest.fixture(autouse=True)
+def compile_anew():
+    """torch.compile stops at eight kinds of agents for one function, over all tests."""
+    yield
+    torch._dynamo.reset()
+
+
 def train(script, folder, **settings):
     """A run on the probe, in this process. Returns the metrics of its updates, each (steps, agents, METRICS),
     and the weights of its agents."""
@@ -114,7 +121,6 @@ def test_the_loss_compiles_as_one_graph(script):
     agents, mbs = make_agents(script, num), [make_batch(script, 8, seed) for seed in range(num)]
     for agent in agents:
         agent.encoder.forward = torch.autocast("cpu", torch.bfloat16)(agent.encoder.forward)
-    torch._dynamo.reset()
     compiled = torch.compile(script.compute_loss, fullgraph=True, backend="aot_eager")
     args = script.Args()
     loss, metrics = compiled(agents, mbs, args)
@@ -144,7 +150,7 @@ def test_adam_starts_from_zero_with_untouched_weights(script, tmp_path, monkeypa
 
 def test_precision_may_change_when_a_run_goes_on(script, tmp_path, monkeypatch):
     """Adam's moments come back as saved, in the memory layout of the weights that they are now for: the fused
-    Adam does not look at strides."""
+    Adam does not look at strides on the CPU."""
     read_text = Path.read_text
     monkeypatch.setattr(
         Path, "read_text", lambda path: "bf16" if str(path) == "/proc/cpuinfo" else read_text(path)

@@ -22,13 +22,21 @@ PPO, MDPO = "ppo_procgen", "mdpo_procgen"
 
 
 def write_run(
-    root: Path, name: str, curves: list[dict], finals: tuple = (), end: int = 0, mode: str = "hard"
+    root: Path,
+    name: str,
+    curves: list[dict],
+    finals: tuple = (),
+    end: int = 0,
+    mode: str = "hard",
+    **settings,
 ):
     """A run folder as the scripts leave it. curves: {tag: {step: value}} of each agent; finals: the final
     return on the full distribution of each agent."""
+    settings = {"distribution_mode": mode, **settings}
+    text = "\n".join(["|param|value|", "|-|-|", *(f"|{key}|{value}|" for key, value in settings.items())])
     for number, tags in enumerate(curves, 1):
         writer = SummaryWriter(root / name / (f"agent_{number}" if len(curves) > 1 else ""))
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n|distribution_mode|{mode}|\n")
+        writer.add_text("hyperparameters", text)
         for tag, curve in tags.items():
             for step, value in curve.items():
                 writer.add_scalar(tag, value, step)
@@ -66,7 +74,7 @@ def make_args(*paths: Path, **options) -> figures.Args:
 
 def load(*paths: Path, **options):
     args = make_args(*paths, **options)
-    return figures.select(figures.read(args), args)
+    return figures.select(figures.read(args, {"distribution_mode": "hard"}), args)
 
 
 def rows_of(data, tag, game="bigfish", algorithm=PPO):
@@ -303,6 +311,27 @@ def test_labels():
     assert figures.label_of("my_own") == "my_own"
 
 
+@pytest.mark.parametrize("options", [{"games": ("maze",)}, {"algorithms": (PPO,)}])
+def test_what_is_not_asked_for_may_be_of_another_mode(options, tmp_path, monkeypatch):
+    """And is not in the CSV."""
+    write_run(tmp_path, f"maze__{PPO}__1__1", [{TEST: line(1.0)}])
+    write_run(tmp_path, f"heist__{MDPO}__1__1", [{TEST: line(1.0)}] * 2, mode="easy")
+    assert set(load(tmp_path, **options).run) == {f"maze__{PPO}__1__1"}
+    words = [word for name, (value,) in options.items() for word in (f"--{name}", value)]
+    run_main(monkeypatch, tmp_path, "--output", tmp_path, "--csv", tmp_path / "new/c.csv", *words)
+    rows = (tmp_path / "new/c.csv").read_text().splitlines()
+    assert len(rows) == 12 and all(row.startswith(f"maze__{PPO}__1__1,") for row in rows[1:])
+
+
+def test_a_full_disk_leaves_the_file_of_before(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("before")
+    with pytest.raises(SystemExit) as stop, figures.replacing("--csv", tmp_path / "a.csv") as path:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith("a.csv: No space left on device\n")
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.csv", "before")]
+
+
 BAD = [  # what is written on the command line beside the runs, and words that the message has
     ("", ["PATHS", "one or more"]),
     ("RUNS nowhere", ["nowhere"]),
@@ -315,6 +344,9 @@ BAD = [  # what is written on the command line beside the runs, and words that t
     ("RUNS --smooth 0", ["--smooth", "1"]),
     ("RUNS --bootstrap 1", ["--bootstrap", "10"]),
     ("RUNS --no-such-flag", ["--no-such-flag"]),
+    ("RUNS --csv bad.csv/x.csv", ["--csv: ", "bad.csv is no folder"]),
+    ("RUNS --csv=", ["--csv", "name"]),
+    ("RUNS --output bad.csv", ["--output: ", "bad.csv is no folder"]),
     ("EMPTY", ["no runs"]),
     ("EMPTY --games maze", ["--games", "none"]),
     ("CSV", ["bad.csv", "run, tag, step, value"]),

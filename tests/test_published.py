@@ -29,7 +29,7 @@ def test_table_and_picture(tmp_path, monkeypatch, capsys):
     write_run(tmp_path, "starpilot__ppo_procgen__2__1700000000", [{TRAIN: {250_000: 8.0}}], mode="easy")
     write_run(tmp_path, "starpilot__spo_procgen__1__1700000000", [{TRAIN: {250_000: 70.0}}], mode="easy")
     output = tmp_path / "new" / "curves"
-    run_main(monkeypatch, tmp_path, "--output", output)
+    run_main(monkeypatch, tmp_path, "--output", f"{output}.png")
     table = [
         line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")
     ]
@@ -41,7 +41,14 @@ def test_table_and_picture(tmp_path, monkeypatch, capsys):
         ("test", "250,000"): ["1.50", "", "2.97", "2.69 to 3.13"],
         ("test", "500,000"): ["6.25", "", "3.78", "3.37 to 4.50"],
     }
-    assert output.with_suffix(".png").stat().st_size > 10_000 and output.with_suffix(".pdf").exists()
+    assert {path.name for path in output.parent.iterdir()} == {"curves.png", "curves.pdf"}
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_published_point(tmp_path, monkeypatch):
+    write_run(tmp_path, "starpilot__ppo_procgen__1__1700000000", [{TRAIN: {250_000: 8.0}}], mode="easy")
+    run_main(monkeypatch, tmp_path, "--output", tmp_path / "curves")
 
 
 def test_published_numbers_are_whole():
@@ -53,22 +60,30 @@ def test_published_numbers_are_whole():
     assert not table.duplicated(["env_id", "split", "env_steps"]).any() and len(table) == 16 * 2 * 7
 
 
-@pytest.mark.parametrize(
-    ("mode", "words", "expected"),
-    [
-        ("hard", [], "--distribution-mode"),
-        ("easy", ["--algorithm", "dqn"], "dqn"),
-        ("easy", [], "250,000"),
-        ("easy", ["--nope"], "--nope"),
-    ],
-)
-def test_bad_input(mode, words, expected, tmp_path, monkeypatch, capsys):
-    write_run(tmp_path, "starpilot__ppo_procgen__1__1700000000", [{TRAIN: {1000: 1.0}}], mode=mode)
+BAD = [  # settings of the run, what is written on the command line, and words that the message has
+    ({"mode": "hard"}, [], ["--distribution-mode hard", "--distribution-mode easy is needed"]),
+    ({"num_levels": 500}, [], ["starpilot__ppo_procgen__1__", "--num-levels 500", "--num-levels 200"]),
+    ({"start_level": 1}, [], ["--start-level"]),
+    ({"num_envs": 6}, [], ["--num-envs"]),
+    ({"num_steps": 64}, [], ["--num-steps"]),
+    ({}, ["--algorithm", "dqn"], ["--algorithm:", "dqn, only of ppo_procgen"]),
+    ({}, [], ["250,000"]),
+    ({}, ["--nope"], ["--nope"]),
+    ({}, ["--output="], ["--output", "name"]),
+    ({}, ["--output", "/proc/self/status/x"], ["--output", "/proc/self/status is no folder"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "words", "expected"), BAD)
+def test_bad_input(settings, words, expected, tmp_path, monkeypatch, capsys):
+    settings = {"mode": "easy", **published.SETTINGS, **settings}
+    del settings["distribution_mode"]  # write_run's mode
+    write_run(tmp_path, "starpilot__ppo_procgen__1__1700000000", [{TRAIN: {1000: 1.0}}], **settings)
     with pytest.raises(SystemExit) as stop:
         run_main(monkeypatch, tmp_path, "--output", tmp_path / "new" / "curves", *words)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("published.py: error: ")
-    assert expected in err and not (tmp_path / "new").exists()
+    assert [word for word in expected if word not in err] == [] and not (tmp_path / "new").exists()
 
 
 def test_nowhere_to_look(monkeypatch, capsys):

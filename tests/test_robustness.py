@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import sys
+import threading
 from dataclasses import fields
 
 import numpy as np
@@ -591,7 +592,10 @@ CASES = [
     ("--checkpoints good.pt --device gpu", ["--device", "gpu", "cpu"]),
     ("--checkpoints good.pt --device cuda:99", ["--device", "99"]),
     ("--checkpoints good.pt --output folder", ["--output", "folder"]),
-    ("--checkpoints good.pt --output good.pt/x", ["good.pt"]),
+    ("--checkpoints good.pt --output good.pt/x", ["--output good.pt/x: "]),
+    ("--checkpoints good.pt --output /proc/x", ["--output /proc/x: "]),
+    ("--checkpoints good.pt --log-dir good.pt/x", ["--log-dir good.pt/x: "]),
+    ("--checkpoints good.pt --log-dir /proc", ["--log-dir /proc: "]),
     ("--checkpoints good.pt --seed -1", ["--seed"]),
     ("--no-such-flag 1", ["--no-such-flag"]),
 ]
@@ -604,28 +608,75 @@ def spoiled(tmp_path_factory):
     return folder
 
 
+def run_as_main(monkeypatch, *words: str) -> int:
+    """The exit status."""
+    monkeypatch.setattr(sys, "argv", ["robustness_eval.py", *words])
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # to be put back
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(robust.__file__, run_name="__main__")
+    return stop.value.code
+
+
 @pytest.mark.parametrize(("line", "words"), CASES, ids=[line or "nothing" for line, _ in CASES])
 def test_bad_input_is_one_line(line, words, spoiled, tmp_path, monkeypatch, capfd):
     shutil.copytree(spoiled, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["robustness_eval.py", *line.split()])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(robust.__file__, run_name="__main__")
+    assert run_as_main(monkeypatch, *line.split()) == 2
     out, err = capfd.readouterr()
-    assert stop.value.code == 2 and out == ""
+    assert out == ""
     assert re.fullmatch(r"robustness_eval\.py: error: [^\n]+\n", err)
     assert [word for word in words if word not in err] == []
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_that_fails_leaves_no_folder(spoiled, tmp_path, monkeypatch):
-    """Here while the pictures are written."""
+SHORT = ["--checkpoints", "good.pt", *flags(**TINY_ARGS), "--tests", "color-jitter"]
+
+
+@pytest.fixture
+def good(spoiled, tmp_path, monkeypatch):
+    """A folder to work in, with one agent."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(spoiled / "good.pt", tmp_path)
-    full = OSError(28, "No space left on device")
-    monkeypatch.setattr(robust.Figure, "savefig", lambda *_, **__: (_ for _ in ()).throw(full))
-    words = ["--checkpoints", "good.pt", *flags(**TINY_ARGS), "--tests", "color-jitter"]
-    with pytest.raises(OSError):
-        run_here(monkeypatch, *words, "--output", "out")
-    assert [each.name for each in tmp_path.iterdir()] == ["good.pt"]
+    return tmp_path
+
+
+def raising(error: BaseException):
+    def function(*_, **__):
+        raise error
+
+    return function
+
+
+def test_a_run_that_fails_leaves_no_folder(good, monkeypatch, capsys):
+    """Here while the pictures are written."""
+    monkeypatch.setattr(robust.Figure, "savefig", raising(OSError(28, "No space left on device")))
+    with pytest.raises(SystemExit) as stop:
+        run_here(monkeypatch, *SHORT, "--output", "out")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "error: --output out: No space left on device\n" in err
+    assert [each.name for each in good.iterdir()] == ["good.pt"]
+
+
+def test_results_are_kept_if_another_has_taken_the_name(good, monkeypatch, capsys):
+    run_tests = robust.run_tests
+    monkeypatch.setattr(robust, "run_tests", lambda *inputs: (good / "out").mkdir() or run_tests(*inputs))
+    run_here(monkeypatch, *SHORT, "--output", "out")
+    (folder,) = good.glob("out-*")
+    assert (folder / "results.csv").exists() and not list((good / "out").iterdir())
+    assert capsys.readouterr().out.endswith(f"finished: {folder.name}\n")
+
+
+def test_results_are_kept_if_the_curves_cannot_be_written(good, monkeypatch, capsys):
+    monkeypatch.setattr(robust, "write_tensorboard", raising(OSError(28, "No space left on device")))
+    with pytest.raises(SystemExit) as stop:
+        run_here(monkeypatch, *SHORT, "--output", "out", "--log-dir", "tb")
+    assert stop.value.code == 2 and (good / "out" / "table.md").exists()
+    assert "error: --log-dir tb: No space left on device; the results are in out\n" in capsys.readouterr().err
+
+
+def test_interrupt(good, monkeypatch, capfd):
+    monkeypatch.setattr("procgen.ProcgenGym3Env", raising(KeyboardInterrupt()))
+    assert run_as_main(monkeypatch, *SHORT, "--output", "out") == 130
+    assert capfd.readouterr().err == "starpilot: states\n"
+    assert [each.name for each in good.iterdir()] == ["good.pt"]

@@ -125,6 +125,37 @@ def test_finished_with_other_settings(tmp_path, capsys):
     assert "--gamma 0.5, not 0.999" in err and "--variants" in err
 
 
+def test_pretrained_encoder(tmp_path, capsys):
+    """Its channels count, not those of the flags. It must be there for a new run, or be one that may come."""
+    extra = flags(**SETTINGS | {"total_timesteps": 10 * BATCH_SIZE})
+    words = [tmp_path, "--algorithms", "ppo", "--variants", "v=--pretrained-encoder agent.pt"]
+    with pytest.raises(SystemExit) as stop:
+        plan(*words, extra=extra)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1
+    assert "--pretrained-encoder: there is no agent.pt, for fruitbot__ppo_procgen+v__1" in err
+    (tmp_path / "agent.pt").touch()
+    assert plan(*words, extra=extra)[0].state == "new"
+    assert plan(*words[:-1], "v=--pretrained-encoder runs/*/agent.pt", extra=extra)[0].state == "new"
+    finish(tmp_path, "fruitbot__ppo_procgen+v__1", 10 * BATCH_SIZE, channels=[8, 8, 8])
+    (tmp_path / "agent.pt").unlink()
+    assert plan(*words, extra=extra)[0].state == "finished"
+
+
+@pytest.mark.parametrize("output", ["file", "file/deep", "/proc/x"])
+def test_output_that_cannot_be(output, tmp_path, monkeypatch, capsys):
+    """Is said before a plan."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "/proc")  # root may write to any
+    words = ["--games", "fruitbot", "--output", output, "--dry-run"]
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(sweep.parse_args(sweep.Args, "", words), LONG)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and "error: --output: /" in err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 BAD = [  # what is written on the command line, and words that the message has
     ("--algorithms pong", ["--algorithms", "mdspo"]),
     ("--algorithms", ["--algorithms"]),

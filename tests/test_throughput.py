@@ -1,5 +1,6 @@
-"""The benchmark runs, for one agent and for two, and its numbers fit together."""
+"""The benchmark runs, for one agent and for two, and its numbers fit together; gpu_check.sh."""
 
+import os
 import re
 import subprocess
 import sys
@@ -40,7 +41,8 @@ BAD = {"dqn_procgen": "SCRIPT", "--device cpu": "SCRIPT", "ppo_procgen --iterati
 BAD |= {
     "ppo_procgen --warmup x": "--warmup",
     "ppo_procgen --gamma 2": "--gamma",
-    "ppo_procgen --games chess": "--env-id",
+    "ppo_procgen --games bigfish chess": "--env-id",
+    "ppo_procgen --games": "--games",
 }
 
 
@@ -48,5 +50,36 @@ BAD |= {
 def test_bad_input(words, tmp_path):
     """One line that names what is wrong, and status 2."""
     result = run(tmp_path, *words.split())
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stdout == "", result.stderr
     assert BAD[words] in result.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("half", "pytest_ends", "benchmark_ends", "status"),
+    [
+        ("tests", "echo 9 passed in 1s", "exit 1", 0),
+        ("tests", "echo 9 passed, 2 warnings in 1s", "exit 1", 0),
+        ("tests", "echo 9 passed, 3 skipped in 1s", "exit 0", 1),
+        ("tests", "echo 1 failed, 9 passed in 1s; exit 1", "exit 0", 1),
+        ("tests", "exit 0", "exit 0", 1),
+        ("tests", "exit 5", "exit 0", 1),
+        ("tests", "echo 9 passed in 1s; kill -9 $$", "exit 0", 1),
+        ("bench", "exit 1", "exit 0", 0),
+        ("bench", "exit 1", "exit 1", 1),
+        ("both", "echo 9 passed in 1s", "exit 0", 0),
+        ("both", "exit 1", "exit 0", 1),
+        ("tset", "", "", 2),
+    ],
+)
+def test_gpu_check_fails_unless_all_went_well(half, pytest_ends, benchmark_ends, status, tmp_path):
+    """With a Python that only ends as told."""
+    python = tmp_path / "python3"
+    cases = f"*pytest*) {pytest_ends or ':'};; *throughput*) {benchmark_ends or ':'};;"
+    python.write_text(f'#!/bin/sh\ncase "$*" in {cases} esac\n')
+    python.chmod(0o755)
+    command = [str(ROOT / "benchmark" / "gpu_check.sh"), str(tmp_path / "log"), half]
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    assert result.returncode == status and ("FAILED" in result.stdout) == (status == 1), result
+    assert ("| script" in result.stdout) == (half in ("bench", "both"))
+    assert (tmp_path / "log").exists() == (status != 2)

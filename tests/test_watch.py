@@ -1,6 +1,8 @@
 """Videos of agents at play: the same levels side by side, the episodes' ends, the files, the errors."""
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 from dataclasses import asdict
@@ -114,7 +116,7 @@ def test_gif_is_made_smaller(checkpoints, tmp_path, monkeypatch):
     for limit in (3_000_000, 60_000):
         monkeypatch.setattr(watch, "GIF_BYTES", limit)
         output = tmp_path / "film"
-        watch.main(watch.Args((checkpoints[0],), episodes=1, max_steps=10, output=output))
+        watch.main(watch.Args((checkpoints[0],), episodes=1, max_steps=10, output=tmp_path / "film.mp4"))
         assert output.with_suffix(".gif").stat().st_size <= limit
         sizes.append(Image.open(output.with_suffix(".gif")).size)
     assert sizes[1] < sizes[0]
@@ -134,22 +136,30 @@ def check_error(words, folder: Path, monkeypatch, capsys) -> str:
     return err
 
 
-@pytest.mark.parametrize("flag", ["--episodes 0", "--max-steps 0", "--seed -1", "--seed x", "--outptu x"])
+BAD = ["--episodes 0", "--max-steps 0", "--seed -1", "--seed x", "--outptu x", "--output=", "--output /"]
+
+
+@pytest.mark.parametrize("flag", BAD)
 def test_bad_flag(flag, checkpoints, tmp_path, monkeypatch, capsys):
-    assert flag.split()[0] in check_error([checkpoints[0], *flag.split()], tmp_path, monkeypatch, capsys)
+    assert re.match("[-a-z]+", flag)[0] in check_error(
+        [checkpoints[0], *flag.split()], tmp_path, monkeypatch, capsys
+    )
 
 
 def test_bad_files(checkpoints, tmp_path, monkeypatch, capsys):
     whole = checkpoints[0].read_bytes()
     (tmp_path / "short.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "shorter.pt").write_bytes(whole[:-1000])
     (tmp_path / "text.pt").write_text("no agent")
     torch.save({"format": 1, "runners": []}, tmp_path / "checkpoint.pt")
     save_agent(tmp_path / "wide.pt", channels=(8, 4, 4))
     save_agent(tmp_path / "game.pt", env_id="tetris")
     save_agent(tmp_path / "mode.pt", distribution_mode="extreme")
-    for name in ("missing.pt", ".", "short.pt", "text.pt", "checkpoint.pt", "wide.pt", "game.pt", "mode.pt"):
+    damaged = ("short.pt", "shorter.pt", "text.pt", "checkpoint.pt", "wide.pt", "game.pt", "mode.pt")
+    for name in ("missing.pt", ".", *damaged):
         err = check_error([checkpoints[1], name], tmp_path, monkeypatch, capsys)
         assert err.startswith(f"watch.py: error: CHECKPOINTS: cannot read {name}: ")
+        assert ("it is damaged" in err) == (name in damaged)
 
 
 def test_no_files(tmp_path, monkeypatch, capsys):
@@ -177,6 +187,19 @@ def test_output_that_cannot_be(checkpoints, tmp_path, monkeypatch, capsys):
         watch.main(watch.Args((checkpoints[0],), episodes=1, max_steps=1, output=tmp_path / "film"))
     assert stop.value.code == 2 and capsys.readouterr().err.endswith("film: Is a directory\n")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "film.mp4"]
+
+
+def test_interrupt(checkpoints, tmp_path, monkeypatch, capfd):
+    """Here while the first frame is drawn. No word and no file."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("PIL.ImageDraw.Draw", interrupt)
+    monkeypatch.setattr(sys, "argv", ["watch.py", str(checkpoints[0]), "--output", f"{tmp_path}/film"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(watch.__file__, run_name="__main__")
+    assert stop.value.code == 130 and capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
 def test_ffmpeg_that_fails(checkpoints, tmp_path):
