@@ -88,21 +88,24 @@ def assert_same_update(fast, reference, before):
     assert direction(fast[1], before) @ direction(reference[1], before) > 0.95
 
 
-def test_bf16_computes_the_same(script, tmp_path, monkeypatch):
+def pretend_processor(monkeypatch, flags: str):
     read_text = Path.read_text
-    processor = "flags: avx512_bf16"  # that this one has it or not makes a difference in speed alone
-    monkeypatch.setattr(
-        Path,
-        "read_text",
-        lambda path, *options: processor if "cpuinfo" in str(path) else read_text(path, *options),
-    )
+
+    def read(path, **options):
+        return f"flags: {flags}" if str(path) == "/proc/cpuinfo" else read_text(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+
+
+def test_bf16_computes_the_same(script, tmp_path, monkeypatch):
+    pretend_processor(monkeypatch, "avx512_bf16")  # that this one has it or not makes it faster or slower
     fast, reference = train(script, tmp_path / "fast"), train(script, tmp_path / "reference", **OFF)
     assert_same_update(fast, reference, first_weights(script))
     assert (fast[0][0] != reference[0][0]).any()
 
 
 def test_without_bf16_in_the_processor_there_is_none(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "read_text", lambda path: "flags: avx2")
+    pretend_processor(monkeypatch, "avx2")
     plain, reference = train(script, tmp_path / "plain"), train(script, tmp_path / "reference", **OFF)
     np.testing.assert_array_equal(plain[0][0], reference[0][0])
 
@@ -151,10 +154,7 @@ def test_adam_starts_from_zero_with_untouched_weights(script, tmp_path, monkeypa
 def test_precision_may_change_when_a_run_goes_on(script, tmp_path, monkeypatch):
     """Adam's moments come back as saved, in the memory layout of the weights that they are now for: the fused
     Adam does not look at strides on the CPU."""
-    read_text = Path.read_text
-    monkeypatch.setattr(
-        Path, "read_text", lambda path: "bf16" if str(path) == "/proc/cpuinfo" else read_text(path)
-    )
+    pretend_processor(monkeypatch, "avx512_bf16")
     load, loaded = script.load_checkpoint, []
 
     def noting(content, optimizer, runners):
