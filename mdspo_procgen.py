@@ -100,7 +100,7 @@ class Args:
     device: str = "auto"  # cpu, cuda, cuda:N, or auto: CUDA where there is one
     num_env_threads: int = 0  # Procgen's threads, 0 for one a core
     bf16: bool = True  # encoder in bfloat16, on CUDA and on processors that have it
-    compile: bool = True  # torch.compile the loss, on CUDA
+    compile: bool = True  # torch.compile loss and acting, on CUDA
     cudagraphs: bool = True  # replay acting and minibatch steps as graphs, on CUDA
     torch_deterministic: bool = False  # only deterministic cuDNN algorithms
     track: bool = False  # log to Weights & Biases too

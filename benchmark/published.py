@@ -26,9 +26,7 @@ SETTINGS |= {"num_envs": 64, "num_steps": 256}
 
 @dataclass
 class Args:
-    paths: tyro.conf.Positional[
-        tuple[Path, ...]
-    ] = ()  # folders with runs below them, or CSV files of figures.py
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()  # folders of runs, or CSV files of figures.py
     algorithm: str = "ppo_procgen"  # exp_name of the runs
     output: Path = Path("figures/published")  # the picture, without .png and .pdf
 
