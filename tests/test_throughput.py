@@ -1,9 +1,10 @@
-"""The benchmark runs, for one agent and for two, and its numbers fit together; gpu_check.sh."""
+"""The benchmarks run, for one agent and for two, and their numbers fit together; gpu_check.sh."""
 
 import os
 import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from common import ROOT
@@ -12,8 +13,8 @@ TINY = "--num-envs 4 --num-steps 16 --num-minibatches 2 --num-eval-envs 2 --chan
 TINY += ["--device", "cpu"]
 
 
-def run(folder, *words):
-    command = [sys.executable, str(ROOT / "benchmark" / "throughput.py"), *words]
+def run(folder, *words, tool="throughput.py"):
+    command = [sys.executable, str(ROOT / "benchmark" / tool), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder)
 
 
@@ -35,6 +36,67 @@ def test_table(name, each, tmp_path):
         plain, ratio = re.search(r"^plain loop: ([\d,]+) .* ratio ([\d.]+)$", text, re.M).groups()
         assert float(ratio) == pytest.approx(speed / float(plain.replace(",", "")), rel=0.05)
         assert "environments alone" in text and "network alone" in text and "peak host memory" in text
+
+
+STAND_IN = """
+import argparse
+from torch.utils.tensorboard import SummaryWriter
+names = ("env-id", "num-envs", "num-steps", "num-minibatches", "total-timesteps")
+parser = argparse.ArgumentParser()
+for name in names:
+    parser.add_argument("--" + name, required=True)
+args = parser.parse_args()
+assert (args.env_id, args.num_minibatches) == ("fruitbot", "2")
+batch, total = int(args.num_envs) * int(args.num_steps), int(args.total_timesteps)
+seconds = 0
+with SummaryWriter("runs/fruitbot") as writer:
+    for number, step in enumerate(range(batch, total + 1, batch)):
+        seconds += 1000 if number == 0 else number / 10
+        writer.add_scalar("charts/SPS", 0, step, walltime=seconds)
+"""  # its iterations take 0.1, 0.2, 0.3 seconds, the first one longer
+
+
+@pytest.mark.parametrize("wheel", [True, False])
+def test_against_cleanrl(wheel, tmp_path):
+    path = tmp_path / ("cleanrl-1.2.0-py3-none-any.whl" if wheel else "ppo_procgen.py")
+    if wheel:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("cleanrl/ppo_procgen.py", STAND_IN)
+    else:
+        path.write_text(STAND_IN)
+    flags = "--env-id fruitbot --num-envs 4 --num-steps 6 --num-minibatches 2".split()
+    result = run(tmp_path, str(path), *flags, tool="against_cleanrl.py")
+    assert result.returncode == 0 and list(tmp_path.iterdir()) == [path], result.stderr
+    assert "fruitbot, 4 x 6 steps, 2 minibatches" in result.stdout
+    theirs, ours = re.findall(
+        r"^\| (?:CleanRL|here) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", result.stdout, re.M
+    )
+    assert theirs == ("120", "80", "240")
+    median, low, high = (float(each.replace(",", "")) for each in ours)
+    assert 0 < low <= median <= high
+    assert float(re.search(r"^ratio ([\d.]+)$", result.stdout, re.M)[1]) == pytest.approx(
+        median / 120, abs=0.02
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "names"),
+    [
+        ("", [], "has written no curve charts/SPS"),
+        ("raise ValueError('a reason')", [], "ended with status 1: ValueError: a reason"),
+        (None, [], "PATH"),
+        ("", ["--env-id", "chess"], "--env-id"),
+        ("", ["--num-minibatches", "3"], "--num-minibatches"),
+        ("", ["--rounds", "0"], "--rounds"),
+    ],
+)
+def test_against_cleanrl_bad_input(content, flags, names, tmp_path):
+    path = tmp_path / "ppo_procgen.py"
+    if content is not None:
+        path.write_text(content)
+    result = run(tmp_path, str(path), *flags, tool="against_cleanrl.py")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and names in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
 
 
 BAD = {"dqn_procgen": "SCRIPT", "--device cpu": "SCRIPT", "ppo_procgen --iterations=0": "--iterations"}
