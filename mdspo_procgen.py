@@ -456,7 +456,9 @@ class Runner:
             scalars["charts/episodic_return"], scalars["charts/episodic_length"] = episodes.mean(1).tolist()
             self.train_return = scalars["charts/episodic_return"]
         if test:
-            self.test_return = evaluate(self.policy, self.test_envs, 1, self.device).mean().item()
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):  # training goes on as it would without the test
+                self.test_return = evaluate(self.policy, self.test_envs, 1, self.device).mean().item()
             scalars["charts/test_episodic_return"] = self.test_return
             scalars["charts/generalization_gap"] = self.train_return - self.test_return
         for tag, value in scalars.items():

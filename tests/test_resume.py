@@ -414,6 +414,21 @@ def test_changed_flags_do_not_change_the_numbers(ppo, tmp_path):
     }
 
 
+def test_tests_do_not_change_training(straight, tmp_path):
+    """A run without tests has the same weights and training curves."""
+    words = flags(**(SETTINGS | {"eval_interval": 0}))
+    assert train(straight.script, tmp_path, *words) == 0
+    run_dir = run_folder(tmp_path)
+    for folders in zip(
+        *(agent_folders(straight.name, each) for each in (straight.run_dir, run_dir)), strict=True
+    ):
+        one, two = (load_agent(folder / "agent.pt")["agent"] for folder in folders)
+        assert same(one, two)
+        one, two = map(curves, folders)
+        assert one.keys() - two.keys() == {"charts/test_episodic_return", "charts/generalization_gap"}
+        assert all(one[tag] == two[tag] for tag in two)
+
+
 # --resume auto
 
 
