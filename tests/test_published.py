@@ -1,12 +1,18 @@
 """benchmark/published.py on runs whose returns are known."""
 
+import importlib.util
 import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"
 
 import pandas as pd
 import pytest
+import torch
+import torch.nn as nn
 from common import ROOT
 from test_figures import write_run
 
@@ -58,6 +64,27 @@ def test_published_numbers_are_whole():
         table.return_mean <= table.return_max_run
     ).all()
     assert not table.duplicated(["env_id", "split", "env_steps"]).any() and len(table) == 16 * 2 * 7
+
+
+def test_published_settings(tmp_path):
+    """The patch fits today's script, and changes the encoder's first weights and the rewards' scaling."""
+    path = Path(shutil.copy(ROOT / "ppo_procgen.py", tmp_path))
+    patch = ROOT / "benchmark" / "results" / "published_settings.patch"
+    subprocess.run(["git", "apply", str(patch)], cwd=tmp_path, check=True)
+    spec = importlib.util.spec_from_file_location("patched", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    agent = script.Agent()
+    for module in agent.encoder.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(module.weight)
+            bound = (6 / (fan_in + fan_out)) ** 0.5  # Glorot's
+            assert 0.95 * bound < module.weight.abs().max() <= bound and not module.bias.any()
+    assert agent.actor.weight.abs().max() < 0.01  # the heads stay as they were
+    args = script.Args(env_id="fruitbot", num_envs=4, num_steps=8, num_eval_envs=1, num_minibatches=2)
+    runner = script.Runner(args, agent, None, 0, 2, tmp_path / "run", torch.device("cpu"))
+    assert (runner.normalizer.gamma, args.gamma) == (0.99, 0.999)
+    runner.close()
 
 
 BAD = [  # settings of the run, what is written on the command line, and words that the message has
