@@ -238,11 +238,8 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma: float, gae
     """Generalized advantage estimation (Schulman et al. 2016). All (num_steps, num_envs), next_* (num_envs,).
     rewards[t] is for the action at obs[t], normalised; dones[t] says that obs[t] begins an episode. Returns
     advantages and returns, of the shape of values."""
-    next_values, next_dones = (
-        torch.cat([values[1:], next_value[None]]),
-        torch.cat([dones[1:], next_done[None]]),
-    )
-    next_nonterminal = 1.0 - next_dones.to(values.dtype)
+    next_values = torch.cat([values[1:], next_value[None]])
+    next_nonterminal = 1.0 - torch.cat([dones[1:], next_done[None]]).to(values.dtype)
     deltas = rewards + gamma * next_values * next_nonterminal - values
     decays = gamma * gae_lambda * next_nonterminal
     advantages = [torch.zeros_like(next_value)]
