@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,13 +32,13 @@ import ppo_procgen  # noqa: E402
 
 @dataclass
 class Args:
-    cleanrl: Annotated[Path, tyro.conf.Positional]  # its wheel, or its ppo_procgen.py
+    cleanrl: Annotated[Path, tyro.conf.Positional]  # CleanRL's wheel, or its ppo_procgen.py
     env_id: str = "bigfish"  # one of the 16 games of Procgen
     num_envs: int = 64  # parallel environments
     num_steps: int = 256  # steps in each environment between two updates
     num_minibatches: int = 8  # minibatches in an epoch
-    iterations: int = 3  # that are measured in each round
-    rounds: int = 2  # of both
+    iterations: int = 3  # measured in each round, after one that is not
+    rounds: int = 2  # in each of which both scripts run
 
     def __post_init__(self):
         check_ranges(self, {"iterations": (1, 10**6), "rounds": (1, 10**6)})
@@ -52,30 +53,32 @@ class Args:
 
 def read_cleanrl(path: Path) -> bytes:
     try:
-        return (
-            path.read_bytes()
-            if path.suffix == ".py"
-            else zipfile.ZipFile(path).read("cleanrl/ppo_procgen.py")
-        )
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or "there is no cleanrl/ppo_procgen.py in it"
+        if path.suffix == ".py":
+            return path.read_bytes()
+        return zipfile.ZipFile(path).read("cleanrl/ppo_procgen.py")
+    except KeyError:
+        fail(f"PATH: there is no cleanrl/ppo_procgen.py in {path}")
+    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged, or no wheel"
         fail(f"PATH: {path}: {reason}")
 
 
-def measure(script: Path, flags: list[str]) -> list[float]:
-    """Steps a second of each iteration but the first."""
+def measure(name: str, script: Path, flags: list[str]) -> list[float]:
+    """Steps a second of each iteration but the first. The name is for messages."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(script), *flags]
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+        if result.returncode < 0:
+            fail(f"{name} was killed by signal {-result.returncode}: is there enough memory?")
         if result.returncode:
             last = (result.stderr.strip() or "no message").splitlines()[-1]
-            fail(f"{script} ended with status {result.returncode}: {last}")
+            fail(f"{name} ended with status {result.returncode}: {last}")
         points = []
         for run in Path(folder).glob("runs/*"):
             events = EventAccumulator(str(run)).Reload()
             points += events.Scalars("charts/SPS") if "charts/SPS" in events.Tags()["scalars"] else []
     if len(points) < 2:
-        fail(f"{script} has written no curve charts/SPS of two points")
+        fail(f"{name} has written no curve charts/SPS of two points")
     pairs = pairwise(points)
     return [(after.step - before.step) / (after.wall_time - before.wall_time) for before, after in pairs]
 
@@ -95,8 +98,8 @@ def main(args: Args):
         script = Path(folder, "ppo_procgen.py")
         script.write_bytes(content)
         for _ in range(args.rounds):
-            speeds["CleanRL"] += measure(script, shared)
-            speeds["here"] += measure(ROOT / "ppo_procgen.py", ours)
+            speeds["CleanRL"] += measure(f"PATH: {args.cleanrl}", script, shared)
+            speeds["here"] += measure("ppo_procgen.py here", ROOT / "ppo_procgen.py", ours)
     print("| ppo_procgen.py | steps a second, median | from | to |\n| --- | --- | --- | --- |")
     for name, each in speeds.items():
         print(f"| {name} | {np.median(each):,.0f} | {min(each):,.0f} | {max(each):,.0f} |")
@@ -104,4 +107,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    try:
+        main(parse_args(Args, __doc__))
+    except KeyboardInterrupt:
+        sys.exit(130)

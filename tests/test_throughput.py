@@ -1,5 +1,6 @@
 """The benchmarks run, for one agent and for two, and their numbers fit together; gpu_check.sh."""
 
+import io
 import os
 import re
 import subprocess
@@ -8,6 +9,9 @@ import zipfile
 
 import pytest
 from common import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import against_cleanrl
 
 TINY = "--num-envs 4 --num-steps 16 --num-minibatches 2 --num-eval-envs 2 --channels 4 4 4".split()
 TINY += ["--device", "cpu"]
@@ -79,24 +83,63 @@ def test_against_cleanrl(wheel, tmp_path):
     )
 
 
+def test_against_cleanrl_is_fair(monkeypatch, tmp_path, capsys):
+    """In turn, CleanRL first; the same game and batch, and its levels, without tests, for ours."""
+    runs, speeds = [], iter([10.0, 50.0, 20.0, 70.0])
+
+    def measure(name, script, flags):
+        runs.append((script.read_text(), flags))
+        return [next(speeds)]
+
+    (tmp_path / "ppo_procgen.py").write_text(STAND_IN)
+    monkeypatch.setattr(against_cleanrl, "measure", measure)
+    against_cleanrl.main(against_cleanrl.Args(tmp_path / "ppo_procgen.py", num_steps=64, num_minibatches=2))
+    shared = (
+        "--env-id=bigfish --num-envs=64 --num-steps=64 --num-minibatches=2 --total-timesteps=16384".split()
+    )
+    theirs = (STAND_IN, shared)
+    flags = [*shared, "--distribution-mode=easy", "--num-levels=0", "--eval-interval=0"]
+    ours = ((ROOT / "ppo_procgen.py").read_text(), flags)
+    assert runs == [theirs, ours, theirs, ours]
+    assert capsys.readouterr().out.endswith("ratio 4.00\n")
+
+
+def wheel(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cleanrl/ppo_procgen.py", content)
+    return file.getvalue()
+
+
+damaged = bytearray(wheel(STAND_IN.encode()))
+damaged[100:140] = bytes(40)
+
+
 @pytest.mark.parametrize(
-    ("content", "flags", "names"),
+    ("name", "content", "flags", "words"),
     [
-        ("", [], "has written no curve charts/SPS"),
-        ("raise ValueError('a reason')", [], "ended with status 1: ValueError: a reason"),
-        (None, [], "PATH"),
-        ("", ["--env-id", "chess"], "--env-id"),
-        ("", ["--num-minibatches", "3"], "--num-minibatches"),
-        ("", ["--rounds", "0"], "--rounds"),
+        ("a.py", b"", [], "PATH: a.py has written no curve charts/SPS"),
+        ("a.py", b"raise ValueError('a reason')", [], "PATH: a.py ended with status 1: ValueError: a reason"),
+        ("a.py", b"import os; os.kill(os.getpid(), 9)", [], "PATH: a.py was killed by signal 9"),
+        ("a.py", None, [], "PATH: a.py: No such file"),
+        ("a.whl", b"text", [], "PATH: a.whl: it is damaged, or no wheel"),
+        ("a.whl", bytes(damaged), [], "PATH: a.whl: it is damaged, or no wheel"),
+        (
+            "a.whl",
+            wheel(b"").replace(b"ppo", b"ppg"),
+            [],
+            "PATH: there is no cleanrl/ppo_procgen.py in a.whl",
+        ),
+        ("a.py", b"", ["--env-id", "chess"], "--env-id"),
+        ("a.py", b"", ["--num-minibatches", "3"], "--num-minibatches"),
+        ("a.py", b"", ["--rounds", "0"], "--rounds"),
     ],
 )
-def test_against_cleanrl_bad_input(content, flags, names, tmp_path):
-    path = tmp_path / "ppo_procgen.py"
+def test_against_cleanrl_bad_input(name, content, flags, words, tmp_path):
     if content is not None:
-        path.write_text(content)
-    result = run(tmp_path, str(path), *flags, tool="against_cleanrl.py")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and names in result.stderr, result.stderr
-    assert "Traceback" not in result.stderr
+        (tmp_path / name).write_bytes(content)
+    result = run(tmp_path, name, *flags, tool="against_cleanrl.py")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and words in result.stderr, result.stderr
 
 
 BAD = {"dqn_procgen": "SCRIPT", "--device cpu": "SCRIPT", "ppo_procgen --iterations=0": "--iterations"}
