@@ -207,7 +207,8 @@ def returns_of(data: pd.DataFrame, labels: dict[str, str]) -> tuple[dict, set]:
     final test."""
     table, unfinished = {label: {} for label in labels.values()}, set()
     for (algorithm, game), rows in data.groupby(["algorithm", "game"]):
-        tests = rows[rows.tag == FINAL]
+        end = rows.groupby("run").step.transform("max")  # a test before that is of an earlier end
+        tests = rows[(rows.tag == FINAL) & (rows.step == end)]
         if tests.run.nunique() < rows.run.nunique():
             unfinished.add((labels[algorithm], game))
             tests = rows[rows.tag == TEST].sort_values("step")

@@ -213,6 +213,22 @@ def test_returns(runs, tmp_path):
     assert returns["a"]["starpilot"].tolist() == [10, 20]
 
 
+def test_returns_of_a_run_that_went_on(tmp_path):
+    """Its earlier final test, which its folder keeps until the next one, or an older CSV, does not count."""
+    labels, name = {PPO: "a"}, f"bigfish__{PPO}__1__1"
+    write_run(tmp_path / "early", name, [{TEST: line(0.01, end=500)}], (4.0,), 500)
+    write_run(tmp_path / "on", name, [{TEST: line(0.01, end=800)}], (4.0,), 500)
+    write_run(tmp_path / "late", name, [{TEST: line(0.01)}], (9.0,), 1000)
+    for folders, expected, going_on in (
+        (["early"], 4.0, set()),
+        (["on"], 8.0, {("a", "bigfish")}),
+        (["early", "late"], 9.0, set()),
+        (["late", "early"], 9.0, set()),
+    ):
+        returns, unfinished = figures.returns_of(load(*(tmp_path / each for each in folders)), labels)
+        assert unfinished == going_on and returns["a"]["bigfish"] == pytest.approx([expected])
+
+
 def test_normalised_scores(capsys):
     """By hand; negative below the minimum; as many seeds as all games have."""
     returns = {"a": {"bigfish": np.array([20.0, 40.0]), "maze": np.array([4.0, 1.0]), "heist": np.ones(2)}}
