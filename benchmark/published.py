@@ -65,7 +65,7 @@ def compare(data: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
 def draw(data: pd.DataFrame, published: pd.DataFrame, output: Path):
     """A panel for each game and split: a line for each seed, points with ranges for the published runs."""
     games = sorted(set(data.game))
-    size = (3.0 * len(games), 4.6)
+    size = (max(6, 3 * len(games)), 4.6)  # the legend needs 6
     figure, axes = plt.subplots(
         2, len(games), figsize=size, squeeze=False, sharex="col", layout="constrained"
     )
@@ -86,7 +86,8 @@ def draw(data: pd.DataFrame, published: pd.DataFrame, output: Path):
         axes[1, column].set_xlabel("million steps")
     axes[0, 0].set_ylabel("return, 200 training levels")
     axes[1, 0].set_ylabel("return, full distribution")
-    axes[0, 0].legend(frameon=False)
+    legend = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside upper center", ncols=3, frameon=False)
     for suffix in ("png", "pdf"):
         with replacing("--output", output.with_name(f"{output.name}.{suffix}")) as path:
             figure.savefig(path, dpi=150)
