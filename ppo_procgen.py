@@ -96,7 +96,7 @@ class Args:
     resume: str = ""  # run folder or checkpoint to go on from, or auto: the newest run of this name, if any
     device: str = "auto"  # cpu, cuda, cuda:N, or auto: CUDA where there is one
     num_env_threads: int = 0  # Procgen's threads, 0 for one a core
-    bf16: bool = True  # encoder in bfloat16, on CUDA and on processors that have it
+    bf16: bool = True  # encoder in bfloat16, on GPUs and processors that have it
     compile: bool = True  # torch.compile loss and acting, on CUDA
     cudagraphs: bool = True  # replay acting and minibatch steps as graphs, on CUDA
     torch_deterministic: bool = False  # only deterministic cuDNN algorithms
@@ -690,10 +690,14 @@ def main(args: Args, signals=()):
     lr = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.Adam(parameters, lr=lr, eps=1e-5, fused=True, capturable=cuda)
     warnings.filterwarnings("ignore", ".*capturable=True")  # that it also runs uncaptured
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # that the heads do without
 
     # The fast path wraps the functions above: --no-bf16 --no-compile --no-cudagraphs leaves them as they are.
     actors, loss_function = agents, compute_loss
-    if args.bf16 and (cuda or "bf16" in Path("/proc/cpuinfo").read_text()):
+    has_bf16 = "bf16" in Path("/proc/cpuinfo").read_text()
+    if cuda:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs crawl with it
+    if args.bf16 and has_bf16:
         actors = deepcopy(agents)  # they act, with the weights that autocast would round in every step
         for actor in actors:
             actor.encoder.bfloat16()

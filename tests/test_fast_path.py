@@ -45,6 +45,7 @@ def train(script, folder, **settings):
         return metrics[-1]
 
     settings = TINY | {"num_envs": 16, "eval_interval": 0, "total_timesteps": 256} | settings
+    torch._dynamo.reset()  # each run is to compile its own agents
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(script, "make_envs", make_probes)
@@ -305,6 +306,17 @@ def test_cuda_computes_the_same(name, tmp_path, switches):
     fast = train(script, tmp_path / "fast", device="cuda", **switches)
     reference = train(script, tmp_path / "reference", device="cuda", **OFF)
     assert_same_update(fast, reference, first_weights(script))
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", [SINGLE[0], MUTUAL[0]])
+def test_cuda_without_bf16_in_the_hardware_has_none(name, tmp_path, monkeypatch):
+    """Cards before Ampere say that they have bfloat16, and mean that they emulate it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda *args: asked.append(args) or (lambda function: function))
+    train(importlib.import_module(name), tmp_path / "run", device="cuda", compile=False)
+    assert not asked
 
 
 @needs_cuda
