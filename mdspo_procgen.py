@@ -19,9 +19,11 @@ spo_procgen.py is the same without a peer, mdpo_procgen.py differs from this fil
     python mdspo_procgen.py --env-id bigfish
 """
 
+import argparse
 import contextlib
 import ctypes
 import fcntl
+import glob
 import importlib.util
 import io
 import json
@@ -35,11 +37,12 @@ import threading
 import time
 import warnings
 import zipfile
-from collections import namedtuple
+from collections import Counter
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
@@ -51,54 +54,64 @@ from procgen.env import ENV_NAMES
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-MODES = {"easy": ENV_NAMES, "hard": ENV_NAMES}  # and their games: any other pair aborts inside Procgen
-MODES["extreme"] = ["chaser", "dodgeball", "leaper", "starpilot"]
-MODES["memory"] = ["caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"]
-RANGES = {  # of numbers, both ends included
-    "num_steps num_minibatches update_epochs checkpoint_interval": (1, 2**31 - 1),
-    "seed num_levels start_level eval_interval": (0, 2**31 - 1),
-    "num_envs num_eval_envs": (1, 2**16),
-    "num_env_threads": (0, 2**10),
-    "final_eval_episodes": (2, 2**31 - 1),
-    "gamma gae_lambda": (0, 1),
-    "learning_rate clip_coef max_grad_norm": (1e-9, 10**9),
-    "ent_coef vf_coef distill_coef": (0, 10**9),
+# The games of each distribution mode: any other pair aborts inside Procgen.
+MODES = {
+    "easy": ENV_NAMES,
+    "hard": ENV_NAMES,
+    "extreme": ["chaser", "dodgeball", "leaper", "starpilot"],
+    "memory": ["caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"],
 }
+
+
+class Range(NamedTuple):
+    """Of a number on the command line, both ends included."""
+
+    low: float
+    high: float
+
+
+Count = Annotated[int, Range(1, 2**31 - 1)]
+CountOrZero = Annotated[int, Range(0, 2**31 - 1)]
+Environments = Annotated[int, Range(1, 2**16)]
+Threads = Annotated[int, Range(0, 2**10)]
+Share = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(1e-9, 1e9)]
+Weight = Annotated[float, Range(0, 1e9)]
 
 
 @dataclass
 class Args:
     env_id: str = "bigfish"  # one of the 16 games of Procgen
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    seed: int = 1  # of networks, actions, minibatches and environments
-    learning_rate: float = 5e-4  # of Adam
-    num_envs: int = 64  # parallel environments
-    num_steps: int = 256  # steps in each environment between two updates
-    num_minibatches: int = 8  # minibatches in an epoch
-    update_epochs: int = 3  # passes over the data of an iteration
-    gamma: float = 0.999  # discount factor
-    gae_lambda: float = 0.95  # lambda of generalized advantage estimation
-    clip_coef: float = 0.2  # epsilon of the policy loss and of the value clipping
-    ent_coef: float = 0.01  # weight of the entropy bonus
-    vf_coef: float = 0.5  # weight of the value loss
-    distill_coef: float = 1.0  # weight of the mutual distillation
-    detach_peer: bool = False  # distil into the agent alone, without gradient for its peer
-    max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
+    seed: CountOrZero = 1  # of networks, actions, minibatches and environments
+    total_timesteps: int = 50_000_000  # environment steps of each agent
+    learning_rate: Positive = 5e-4  # of Adam
+    num_envs: Environments = 64  # parallel environments
+    num_steps: Count = 256  # steps in each environment between two updates
+    num_minibatches: Count = 8  # minibatches in an epoch
+    update_epochs: Count = 3  # passes over the data of an iteration
+    gamma: Share = 0.999  # discount factor
+    gae_lambda: Share = 0.95  # lambda of generalized advantage estimation
+    clip_coef: Positive = 0.2  # epsilon of the policy loss and of the value clipping
+    ent_coef: Weight = 0.01  # weight of the entropy bonus
+    vf_coef: Weight = 0.5  # weight of the value loss
+    max_grad_norm: Positive = 0.5  # longer gradients are scaled down to this norm
+    distill_coef: Weight = 1.0  # weight of the mutual distillation
+    detach_peer: bool = False  # distil into the agent alone, without gradient for its peers
+    num_agents: Annotated[int, Range(2, 16)] = 2  # that learn from each other
     channels: tuple[int, int, int] = (16, 32, 32)  # width of the encoder's three stages
     pretrained_encoder: str = ""  # agent.pt whose encoder, and its channels, to begin with
     freeze_encoder: bool = False  # train actor and critic alone
-    num_levels: int = 500  # training levels, 0 for all there are
-    start_level: int = 0  # first training level
+    num_levels: CountOrZero = 500  # training levels, 0 for all there are
+    start_level: CountOrZero = 0  # first training level
     distribution_mode: str = "hard"  # easy or hard, for some games also extreme or memory
-    num_eval_envs: int = 64  # test environments, one episode in each
-    # What follows may be changed when a run goes on.
-    total_timesteps: int = 50_000_000  # environment steps of each agent
-    eval_interval: int = 50  # iterations between tests on the full distribution, 0 for no tests
-    final_eval_episodes: int = 512  # episodes of the last test, on each kind of levels
-    checkpoint_interval: int = 50  # iterations between checkpoints; every 5 minutes there is one anyway
+    num_eval_envs: Environments = 64  # test environments, one episode in each
+    eval_interval: CountOrZero = 50  # iterations between tests on the full distribution, 0 for no tests
+    final_eval_episodes: Annotated[int, Range(2, 2**31 - 1)] = 512  # of the last test, on each kind of levels
+    checkpoint_interval: Count = 50  # iterations between checkpoints; every 5 minutes there is one anyway
     resume: str = ""  # run folder or checkpoint to go on from, or auto: the newest run of this name, if any
     device: str = "auto"  # cpu, cuda, cuda:N, or auto: CUDA where there is one
-    num_env_threads: int = 0  # Procgen's threads, 0 for one a core
+    num_env_threads: Threads = 0  # Procgen's threads, 0 for one a core
     bf16: bool = True  # encoder in bfloat16, on GPUs and processors that have it
     compile: bool = True  # torch.compile loss and acting, on CUDA
     cudagraphs: bool = True  # replay acting and minibatch steps as graphs, on CUDA
@@ -108,78 +121,132 @@ class Args:
     wandb_entity: str | None = None  # team of --track
 
     def __post_init__(self):
-        def check(ok: bool, name: str, needs: str):
-            if not ok:
-                value = "" if getattr(self, name) is True else f", not {getattr(self, name)}"
-                raise ValueError(f"--{name.replace('_', '-')} {needs}{value}")
-
-        check(self.env_id in ENV_NAMES, "env_id", f"must be one of {', '.join(ENV_NAMES)}")
-        named = re.fullmatch(r"[\w.+=-]{1,99}", self.exp_name)
-        check(named, "exp_name", "must be 1 to 99 of a-z, 0-9, _.+=-")
-        if self.resume:
-            return  # the rest is checked with the settings of the run that goes on
+        check_ranges(self)
+        if self.env_id not in ENV_NAMES:
+            raise ValueError(f"--env-id must be one of {', '.join(ENV_NAMES)}, not {self.env_id}")
         modes = [mode for mode, games in MODES.items() if self.env_id in games]
-        needs = f"must be {' or '.join(modes)} for {self.env_id}"
-        check(self.distribution_mode in modes, "distribution_mode", needs)
-        for names, (low, high) in RANGES.items():
-            for name in names.split():
-                check(low <= getattr(self, name) <= high, name, f"must be from {low} to {high}")
-        low_enough = self.start_level + self.num_levels < 2**31 and (self.num_levels or not self.start_level)
-        check(low_enough, "start_level", "must be 0 with --num-levels 0, and their sum below 2147483648")
-        widths = len(self.channels) == 3 and all(0 < width <= 4096 for width in self.channels)
-        check(widths, "channels", "must be three numbers from 1 to 4096")
-        can_freeze = self.pretrained_encoder or not self.freeze_encoder
-        check(can_freeze, "freeze_encoder", "needs --pretrained-encoder")
-        device = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", self.device)
-        check(device, "device", "must be auto, cpu, cuda or cuda:N")
-        found, index = torch.cuda.device_count(), int(device[1] or 0)
-        needs = f"needs CUDA device {index}, and PyTorch finds {found}: auto or cpu would do"
-        check(self.device[:4] != "cuda" or index < found, "device", needs)
-        has_wandb = getattr(importlib.util.find_spec("wandb"), "origin", None)  # a folder of runs has none
-        check(has_wandb or not self.track, "track", "needs wandb: `pip install wandb`")
+        if self.distribution_mode not in modes:
+            mode = self.distribution_mode
+            raise ValueError(
+                f"--distribution-mode must be {' or '.join(modes)} for {self.env_id}, not {mode}"
+            )
+        if not re.fullmatch(r"[\w.+=-]{1,99}", self.exp_name):
+            raise ValueError(f"--exp-name must be 1 to 99 of a-z, 0-9, _.+=-, not {self.exp_name}")
+        if self.num_levels == 0 and self.start_level > 0:
+            raise ValueError(f"--start-level must be 0 with --num-levels 0, not {self.start_level}")
+        if self.start_level + self.num_levels >= 2**31:
+            raise ValueError("--start-level and --num-levels must have a sum below 2147483648")
+        if min(self.channels) < 1 or max(self.channels) > 4096:
+            raise ValueError(f"--channels must be three numbers from 1 to 4096, not {self.channels}")
+        if self.freeze_encoder and not self.pretrained_encoder:
+            raise ValueError("--freeze-encoder needs --pretrained-encoder")
+        find_device(self.device)
+        if self.track and not can_import("wandb"):
+            raise ValueError("--track needs wandb: `pip install wandb`")
 
         self.batch_size = self.num_envs * self.num_steps
         self.minibatch_size = self.batch_size // self.num_minibatches
-        self.num_iterations = self.total_timesteps // self.batch_size
         batch = f"the batch, --num-envs x --num-steps = {self.batch_size}"
-        ok = self.batch_size % self.num_minibatches == 0 and self.minibatch_size >= 2
-        check(ok, "num_minibatches", f"must divide {batch}, and be at most half of it")
-        check(self.num_iterations >= 1, "total_timesteps", f"must be at least {batch}")
+        if self.batch_size % self.num_minibatches > 0 or self.minibatch_size < 2:
+            number = self.num_minibatches
+            raise ValueError(
+                f"--num-minibatches must divide {batch}, and be at most half of it, not {number}"
+            )
+        if self.total_timesteps < self.batch_size:
+            raise ValueError(f"--total-timesteps must be at least {batch}, not {self.total_timesteps}")
+
+
+def check_ranges(args):
+    """Raises ValueError for the first field of a dataclass that lies outside the Range in its annotation."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        for limits in getattr(hint, "__metadata__", ()):
+            if isinstance(limits, Range) and not limits.low <= value <= limits.high:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must be from {limits.low} to {limits.high}, not {value}")
+
+
+def find_device(name: str) -> torch.device:
+    """The device that --device names. ValueError if there is none."""
+    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {name}")
+    if name == "cpu":
+        return torch.device("cpu")
+    number = torch.cuda.device_count()
+    if number > 0 and not torch.cuda.is_available():
+        reason = f"PyTorch finds {number} GPUs and cannot use them, so the driver may be too old for it"
+        raise ValueError(f"--device {name}: {reason}; cpu would do")
+    if name == "auto" and number == 0:
+        return torch.device("cpu")
+    index = int(match[1] or 0)
+    if index >= number:
+        found = f"needs GPU {index}, and PyTorch finds {number}"
+        raise ValueError(f"--device {name} {found}: auto or cpu would do")
+    return torch.device("cuda", index)
+
+
+def can_import(package: str) -> bool:
+    """A folder of that name, such as wandb/ with its runs, is no package: it has no origin."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 class ResidualBlock(nn.Sequential):
     def __init__(self, channels: int):
-        convs = [nn.Conv2d(channels, channels, kernel_size=3, padding=1) for _ in range(2)]
-        super().__init__(nn.ReLU(), convs[0], nn.ReLU(), convs[1])
+        super().__init__(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+        )
 
     def forward(self, x):
         return x + super().forward(x)
 
 
 class Agent(nn.Module):
-    """The IMPALA-CNN (Espeholt et al. 2018) with a policy and a value head. obs: uint8 (B, 64, 64, 3), or
-    float in [0, 255]. Gives logits (B, num_actions) and value (B,), in units of the normalised reward."""
+    """The IMPALA-CNN (Espeholt et al. 2018) with a policy and a value head.
 
-    def __init__(self, num_actions: int = 15, channels: tuple[int, int, int] = (16, 32, 32)):
+    obs: uint8 (B, *obs_shape), or float in [0, 255]; obs_shape is height, width, colors. Gives logits
+    (B, num_actions) and value (B,), both float32, the value in units of the normalised reward.
+    """
+
+    def __init__(
+        self,
+        num_actions: int = 15,
+        channels: tuple[int, int, int] = (16, 32, 32),
+        obs_shape: tuple[int, int, int] = (64, 64, 3),
+    ):
         super().__init__()
+        height, width, in_channels = obs_shape
         layers = []
-        for in_channels, out_channels in zip((3, *channels), channels):
+        for out_channels in channels:
             layers += [
                 nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
                 nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
                 ResidualBlock(out_channels),
                 ResidualBlock(out_channels),
             ]
-        layers += [nn.Flatten(), nn.ReLU(), nn.Linear(channels[-1] * 8 * 8, 256), nn.ReLU()]
+            in_channels = out_channels
+            height = math.ceil(height / 2)
+            width = math.ceil(width / 2)
+        layers += [nn.Flatten(), nn.ReLU()]
+        layers += [nn.Linear(in_channels * height * width, 256), nn.ReLU()]
         self.encoder = nn.Sequential(*layers)
         self.actor = nn.Linear(256, num_actions)
         self.critic = nn.Linear(256, 1)
-        for head, gain in ((self.actor, 0.01), (self.critic, 1.0)):
-            nn.init.orthogonal_(head.weight, gain)
-            nn.init.zeros_(head.bias)
+        nn.init.orthogonal_(self.actor.weight, 0.01)
+        nn.init.orthogonal_(self.critic.weight, 1.0)
+        nn.init.zeros_(self.actor.bias)
+        nn.init.zeros_(self.critic.bias)
+        self.bf16 = False  # whether the encoder computes in bfloat16
 
     def forward(self, obs):
-        hidden = self.encoder(obs.permute(0, 3, 1, 2) / 255).float()
+        images = obs.permute(0, 3, 1, 2) / 255
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.encoder(images)
+        hidden = hidden.float()
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
 
@@ -187,8 +254,8 @@ class PinnedProcgen(ProcgenGym3Env):
     """Observes into one page-locked buffer, from which a GPU copies by itself; `act` overwrites it."""
 
     def _numpy_aligned(self, shape, dtype, align=64):
-        num_bytes, pin = int(np.prod(shape)) * dtype.itemsize, torch.cuda.is_initialized()
-        memory = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pin)
+        num_bytes = int(np.prod(shape)) * dtype.itemsize
+        memory = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
         return memory.numpy().view(dtype).reshape(shape)
 
 
@@ -196,42 +263,66 @@ def make_envs(args: Args, num: int, num_levels: int, start_level: int, rand_seed
     """Procgen behind its gym3 interface: `act` starts a step in Procgen's threads, `observe` waits for it.
 
     For other environments return an object with `num`, `act(int32 (num,))`, `close()` and `observe()`, which
-    gives (reward float32 (num,), {"rgb": uint8 (num, 64, 64, 3)}, first bool (num,)). `first` says that the
-    observation begins an episode; the action -1 ends the episode under way. Checkpoints need `get_state()`,
-    which gives a list of bytes, none of them empty, and `set_state` of such a list.
+    gives (reward float32 (num,), {"rgb": uint8 (num, height, width, colors)}, first bool (num,)). `first`
+    says that the observation begins an episode; the action -1 ends the episode under way. Checkpoints need
+    `get_state()`, which gives a list of bytes, none of them empty, and `set_state` of such a list.
     """
-    options = {"num_levels": num_levels, "start_level": start_level, "rand_seed": rand_seed}
-    threads = args.num_env_threads or len(os.sched_getaffinity(0))
-    mode = args.distribution_mode
-    envs = PinnedProcgen(num, args.env_id, distribution_mode=mode, num_threads=threads, **options)
+    envs = PinnedProcgen(
+        num,
+        args.env_id,
+        num_levels=num_levels,
+        start_level=start_level,
+        distribution_mode=args.distribution_mode,
+        rand_seed=rand_seed,
+        num_threads=args.num_env_threads or available_cores(),
+    )
     envs._reuse_arrays = True
     return envs
+
+
+def available_cores() -> int:
+    """Cores that this process may use: of its affinity, or fewer by the quota of a container."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # there is no such file, or the quota is "max"
+        return cores
 
 
 class RewardNormalizer:
     """gym's NormalizeReward: divides by the running standard deviation of the discounted return."""
 
     def __init__(self, num_envs: int, gamma: float):
-        self.gamma, self.returns, self.statistics = gamma, np.zeros(num_envs), RunningMeanStd(shape=())
+        self.gamma = gamma
+        self.discounted = np.zeros(num_envs)  # return of the episodes under way
+        self.statistics = RunningMeanStd(shape=())
 
     def __call__(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         """Raw rewards and whether they ended an episode, (num_steps, num_envs), to float32 in [-10, 10]."""
-        returns, variances = np.empty(rewards.shape), np.empty((len(rewards), 1))
+        discounted = np.empty(rewards.shape)
         for step, reward in enumerate(rewards):
-            returns[step] = self.returns * self.gamma + reward
-            self.returns = np.where(dones[step], 0, returns[step])
-        for step, moments in enumerate(zip(returns.mean(1).tolist(), returns.var(1).tolist())):
-            self.statistics.update_from_moments(*moments, rewards.shape[1])
-            variances[step] = self.statistics.var
-        return (rewards / np.sqrt(variances + 1e-8)).clip(-10, 10).astype(np.float32)
+            discounted[step] = self.discounted * self.gamma + reward
+            self.discounted = np.where(dones[step], 0, discounted[step])
+        means = discounted.mean(axis=1).tolist()
+        variances = discounted.var(axis=1).tolist()
+        scales = np.empty((len(rewards), 1))
+        for step, (mean, variance) in enumerate(zip(means, variances)):
+            self.statistics.update_from_moments(mean, variance, rewards.shape[1])
+            scales[step] = np.sqrt(self.statistics.var + 1e-8)
+        return (rewards / scales).clip(-10, 10).astype(np.float32)
 
 
-# obs are uint8 (..., 64, 64, 3), actions int64; values, advantages and returns are in units of the normalised
-# reward. A rollout's leading dimensions are (num_steps + 1, num_envs); its last row only bootstraps.
-Batch = namedtuple("Batch", "obs actions logprobs values advantages returns")
-# Environments that step together: their policy (`act`, of obs alone) and the columns that they fill; rewards,
-# raw, are float32 and dones bool (num_steps + 1, num), both as they came with obs.
-Group = namedtuple("Group", "policy envs data rewards dones")
+class Batch(NamedTuple):
+    """Columns of what an agent has seen: of a rollout (num_steps + 1, num_envs), of whose rows the last only
+    bootstraps; of an iteration (batch_size,), or of a minibatch (B,)."""
+
+    obs: torch.Tensor  # uint8 (..., *obs_shape)
+    actions: torch.Tensor  # int64
+    logprobs: torch.Tensor
+    values: torch.Tensor  # in units of the normalised reward, as the next two
+    advantages: torch.Tensor
+    returns: torch.Tensor
 
 
 def compute_gae(rewards, values, dones, next_value, next_done, gamma: float, gae_lambda: float):
@@ -242,10 +333,11 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma: float, gae
     next_nonterminal = 1.0 - torch.cat([dones[1:], next_done[None]]).to(values.dtype)
     deltas = rewards + gamma * next_values * next_nonterminal - values
     decays = gamma * gae_lambda * next_nonterminal
-    advantages = [torch.zeros_like(next_value)]
-    for delta, decay in zip(deltas.flip(0), decays.flip(0)):
-        advantages.append(delta + decay * advantages[-1])
-    advantages = torch.stack(advantages[:0:-1])
+    advantages = torch.zeros_like(values)
+    advantage = torch.zeros_like(next_value)
+    for step in reversed(range(len(values))):
+        advantage = deltas[step] + decays[step] * advantage
+        advantages[step] = advantage
     return advantages, advantages + values
 
 
@@ -263,48 +355,60 @@ def value_loss(new_values, old_values, returns, clip_coef: float):
 
 def mutual_kl(peer_logits, logits):
     """Mean KL(peer || self), the distillation term of equation 18. Both (B, num_actions); a scalar."""
-    peer_logprobs, logprobs = peer_logits.log_softmax(-1), logits.log_softmax(-1)
+    peer_logprobs = peer_logits.log_softmax(-1)
+    logprobs = logits.log_softmax(-1)
     return (peer_logprobs.exp() * (peer_logprobs - logprobs)).sum(-1).mean()
 
 
-METRICS = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac ratio_deviation".split()
-METRICS += "mutual_kl grad_norm".split()  # a row of what minibatch_step returns
-
-
 def rl_loss(logits, new_values, mb: Batch, args: Args):
-    """policy_loss + vf_coef value_loss - ent_coef entropy, and the first seven METRICS, from what the network
-    now says of the minibatch: logits (B, num_actions) and new_values (B,). All scalars. The minibatch's
-    advantages are normalised."""
+    """policy_loss + vf_coef value_loss - ent_coef entropy, from what the network now says of the minibatch:
+    logits (B, num_actions) and new_values (B,). The minibatch's advantages are normalised. Returns the loss
+    and a dict of metrics, all scalars."""
     logprobs = logits.log_softmax(-1)
     log_ratio = logprobs.gather(-1, mb.actions[:, None]).squeeze(-1) - mb.logprobs
     ratio = log_ratio.exp()
     pg_loss = policy_loss(ratio, mb.advantages, args.clip_coef)
     v_loss = value_loss(new_values, mb.values, mb.returns, args.clip_coef)
     entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
-    approx_kl, deviation = (ratio - 1 - log_ratio).mean(), (ratio - 1).abs()
-    clipfrac = (deviation > args.clip_coef).float().mean()
-    metrics = [pg_loss, v_loss, entropy, -log_ratio.mean(), approx_kl, clipfrac, deviation.mean()]
+    deviation = (ratio - 1).abs()
+    metrics = {
+        "policy_loss": pg_loss,
+        "value_loss": v_loss,
+        "entropy": entropy,
+        "old_approx_kl": -log_ratio.mean(),
+        "approx_kl": (ratio - 1 - log_ratio).mean(),
+        "clipfrac": (deviation > args.clip_coef).float().mean(),
+        "ratio_deviation": deviation.mean(),
+    }
     return pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy, metrics
 
 
 def compute_loss(agents: list[Agent], mbs: list[Batch], args: Args):
-    """The loss of both agents on both minibatches, a scalar, and all METRICS but the last, a row an agent."""
-    outputs = [agent(torch.cat([mb.obs for mb in mbs])) for agent in agents]  # on both minibatches
-    loss, metrics = 0.0, []
+    """The mean loss of all agents, a scalar, and for each agent a dict of metrics, scalars. With more than
+    two agents L_i has the mean KL over its peers (Zhang et al. 2018, on more than two networks)."""
+    all_obs = torch.cat([mb.obs for mb in mbs])
+    outputs = [agent(all_obs) for agent in agents]  # every agent on every minibatch, in one pass each
+    loss = 0.0
+    all_metrics = []
     for i, mb in enumerate(mbs):
-        rows = slice(i * len(mb.obs), (i + 1) * len(mb.obs))
+        size = len(mb.obs)
+        rows = slice(i * size, (i + 1) * size)
         logits, new_values = (output[rows] for output in outputs[i])
-        peer_logits = outputs[1 - i][0][rows]
-        agent_loss, agent_metrics = rl_loss(logits, new_values, mb, args)
-        kl = mutual_kl(peer_logits.detach() if args.detach_peer else peer_logits, logits)
-        loss = loss + (agent_loss + args.distill_coef * kl) / 2
-        metrics.append(torch.stack([*agent_metrics, kl]))
-    return loss, torch.stack(metrics)
+        agent_loss, metrics = rl_loss(logits, new_values, mb, args)
+        kl = 0.0
+        for peer_logits, _ in outputs[:i] + outputs[i + 1 :]:
+            peer_logits = peer_logits[rows]
+            if args.detach_peer:
+                peer_logits = peer_logits.detach()
+            kl = kl + mutual_kl(peer_logits, logits) / (len(agents) - 1)
+        loss = loss + (agent_loss + args.distill_coef * kl) / len(agents)
+        all_metrics.append(metrics | {"mutual_kl": kl})
+    return loss, all_metrics
 
 
 @torch.no_grad()
 def act(agent: Agent, obs):
-    """Samples the policy at obs, uint8 (B, 64, 64, 3). Returns actions, logprobs and values, all (B,)."""
+    """Samples the policy at obs, uint8 (B, *obs_shape). Returns actions, logprobs and values, all (B,)."""
     logits, values = agent(obs)
     logprobs = logits.log_softmax(-1)
     gumbel_noise = -torch.empty_like(logprobs).exponential_().log()
@@ -312,130 +416,162 @@ def act(agent: Agent, obs):
     return actions, logprobs.gather(-1, actions[:, None]).squeeze(-1), values
 
 
-def rollout(groups: list[Group]):
-    """Plays num_steps steps and fills the groups' columns, advantages and returns apart. One group steps in
-    the background while the network acts for the next."""
-    num_steps = len(groups[0].rewards) - 1
+class EnvGroup(NamedTuple):
+    """Environments that step together, and their columns of the rollout."""
+
+    envs: object
+    data: Batch  # (num_steps + 1, envs.num)
+    rewards: np.ndarray  # float32 (num_steps + 1, envs.num), raw; row t came with obs[t]
+    dones: np.ndarray  # bool, of the same shape: obs[t] begins an episode
+
+
+def rollout(policies: list, runners: list, progress):
+    """Plays num_steps steps, policies[i] in the environments of runners[i], and fills all their columns but
+    advantages and returns. A policy is `act`, of obs. One group of environments steps in the background while
+    the network acts for the next."""
+    turns = [(policy, group) for policy, runner in zip(policies, runners) for group in runner.groups]
+    num_steps = len(runners[0].rewards) - 1
     for step in range(num_steps + 1):
-        for policy, envs, data, rewards, dones in groups:
-            rewards[step], obs, dones[step] = envs.observe()
-            data.obs[step].copy_(torch.from_numpy(obs["rgb"]), non_blocking=True)
-            data.actions[step], data.logprobs[step], data.values[step] = policy(data.obs[step])
+        for policy, group in turns:
+            group.rewards[step], obs, group.dones[step] = group.envs.observe()
+            group.data.obs[step].copy_(torch.from_numpy(obs["rgb"]), non_blocking=True)
+            actions, logprobs, values = policy(group.data.obs[step])
+            group.data.actions[step] = actions
+            group.data.logprobs[step] = logprobs
+            group.data.values[step] = values
             if step < num_steps:
-                envs.act(data.actions[step].cpu().numpy().astype(np.int32))  # waits for the device
+                group.envs.act(actions.cpu().numpy().astype(np.int32))  # waits for the device
+        progress.advance(progress.share_of_step)
 
 
-def minibatch_step(loss_function, agents: list[Agent], optimizer, batches, args: Args, part_size, mb_inds):
-    """One gradient step on the rows mb_inds of each agent's batch; loss_function is compute_loss. It goes
-    through them in parts, for memory's sake, and adds up. Returns METRICS, a row for each agent."""
-    mbs, metrics = [Batch(*(column[mb_inds] for column in batch)) for batch in batches], 0.0
-    for mb in mbs:  # copies, to mean 0 and standard deviation 1
-        mb.advantages[:] = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
-    optimizer.zero_grad()
-    for start in range(0, len(mb_inds), part_size):
+def backward_in_parts(loss_function, part_size: int, agents: list[Agent], mbs: list[Batch], args: Args):
+    """The backward pass of loss_function, which is compute_loss, on part_size rows of the minibatches at a
+    time: that bounds the memory, and the gradients add up. Returns metrics by name, each (num_agents,)."""
+    size = len(mbs[0].obs)
+    totals = {}
+    for start in range(0, size, part_size):
         parts = [Batch(*(column[start : start + part_size] for column in mb)) for mb in mbs]
-        part_loss, part_metrics = loss_function(agents, parts, args)
-        share = len(parts[0].obs) / len(mb_inds)
-        (part_loss * share).backward()
-        metrics = metrics + part_metrics.detach() * share
+        loss, metrics = loss_function(agents, parts, args)
+        share = len(parts[0].obs) / size
+        (loss * share).backward()
+        for name in metrics[0]:
+            values = torch.stack([of_agent[name] for of_agent in metrics]).detach()
+            totals[name] = totals.get(name, 0.0) + values * share
+    return totals
+
+
+def minibatch_step(backward, agents: list[Agent], optimizer, batches: list[Batch], args: Args, mb_inds):
+    """One gradient step on the rows mb_inds of each agent's batch. `backward` is backward_in_parts, of the
+    agents, their minibatches and args. Returns metrics by name, each (num_agents,)."""
+    mbs = []
+    for batch in batches:
+        mb = Batch(*(column[mb_inds] for column in batch))
+        centered = mb.advantages - mb.advantages.mean()
+        advantages = centered / (mb.advantages.std() + 1e-8)
+        mbs.append(mb._replace(advantages=advantages))
+    optimizer.zero_grad()
+    metrics = backward(agents, mbs, args)
     norms = [nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm) for agent in agents]
     optimizer.step()
-    return torch.cat([metrics, torch.stack(norms)[:, None]], 1)
+    return metrics | {"grad_norm": torch.stack(norms)}
 
 
-def update(step, args: Args, device) -> np.ndarray:
-    """Passes over the batch in shuffled minibatches, `step` taking the indices of each. Returns METRICS,
-    float32 (number of steps, number of agents, len(METRICS))."""
-    metrics = []
+def update(gradient_step, args: Args, device, progress) -> dict[str, np.ndarray]:
+    """Passes over the batch in shuffled minibatches. `gradient_step` is minibatch_step, of mb_inds. Returns
+    metrics by name, each float32 (number of steps, num_agents)."""
+    steps = []
     for _ in range(args.update_epochs):
         for mb_inds in torch.randperm(args.batch_size, device=device).split(args.minibatch_size):
-            metrics.append(step(mb_inds).clone())  # a graph writes to the same place each time
-    return torch.stack(metrics).cpu().numpy()  # waits for the device
+            steps.append(gradient_step(mb_inds))
+            progress.advance(progress.share_of_minibatch)
+    columns = {name: torch.stack([metrics[name] for metrics in steps]) for name in steps[0]}
+    return {name: column.cpu().numpy() for name, column in columns.items()}  # waits for the device
 
 
-def evaluate(policy, envs, episodes_per_env: int, device) -> np.ndarray:
+def evaluate(policy, envs, episodes_per_env: int, device, stop, bar) -> np.ndarray:
     """Raw returns of each environment's first whole episodes, so that short ones do not win, of shape
-    (episodes_per_env * envs.num,). The levels go on where the last test left them."""
-    episodes, returns = [[] for _ in range(envs.num)], np.zeros(envs.num)
+    (envs.num * episodes_per_env,). The levels go on where the last test left them. `bar` counts episodes.
+    Raises Stopped once `stop` is requested."""
+    episodes = [[] for _ in range(envs.num)]
+    under_way = np.zeros(envs.num)
     envs.act(np.full(envs.num, -1, np.int32))  # ends what the last test left unfinished
     _, obs, _ = envs.observe()
-    while min(map(len, episodes)) < episodes_per_env:
+    while min(len(of_env) for of_env in episodes) < episodes_per_env:
+        if stop.requested:
+            raise Stopped
         actions, _, _ = policy(torch.from_numpy(obs["rgb"]).to(device))
         envs.act(actions.cpu().numpy().astype(np.int32))
         reward, obs, ended = envs.observe()
-        returns += reward
+        under_way += reward
         for i in np.flatnonzero(ended):
-            episodes[i].append(returns[i])
-            returns[i] = 0
-    return np.concatenate([of_env[:episodes_per_env] for of_env in episodes])
-
-
-class CudaGraph:
-    """Replays a function of one tensor, captured once for each shape. Its outputs are overwritten by the next
-    call. Capturing leaves the generator and `state`, the tensors that the function changes, as they were."""
-
-    def __init__(self, function, state=()):
-        self.function, self.state, self.captured = function, state, {}
-
-    def __call__(self, x):
-        if x.shape not in self.captured:
-            self.captured[x.shape] = self.capture(x.clone())
-        graph, static_x, outputs = self.captured[x.shape]
-        static_x.copy_(x)
-        graph.replay()
-        return outputs
-
-    @torch.no_grad()
-    def capture(self, x):
-        before, generator = [each.clone() for each in self.state], torch.cuda.get_rng_state()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.enable_grad(), torch.cuda.stream(stream):
-            for _ in range(3):  # compiles, chooses algorithms, allocates
-                self.function(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.enable_grad(), torch.cuda.graph(graph):
-            outputs = self.function(x)
-        for each, value in zip(self.state, before):
-            each.copy_(value)
-        torch.cuda.set_rng_state(generator)
-        return graph, x, outputs
+            if len(episodes[i]) < episodes_per_env:
+                episodes[i].append(under_way[i])
+                bar.update()
+            under_way[i] = 0
+    return np.concatenate(episodes)
 
 
 class Runner:
     """One agent's side of a run: its environments, its data and its curves."""
 
-    def __init__(self, args: Args, agent: Agent, policy, index: int, num_groups: int, folder, device, done=0):
-        self.args, self.agent, self.policy, self.folder, self.device = args, agent, policy, folder, device
-        seeds = np.random.default_rng([args.seed, index]).integers(2**31, size=2 + num_groups).tolist()
-        levels, first_step = (args.num_levels, args.start_level), done * args.batch_size + 1
+    def __init__(self, args: Args, index: int, num_agents: int, run_dir: Path, device, global_step: int):
+        self.args = args
+        self.folder = run_dir if num_agents == 1 else run_dir / f"agent_{index + 1}"
+        num_groups = 2 if num_agents == 1 else 1  # while one steps, a single agent acts for the other
+        seed_generator = np.random.default_rng([args.seed, index])
+        seeds = seed_generator.integers(2**31, size=2 + num_groups).tolist()
+        levels = (args.num_levels, args.start_level)
         self.train_level_test_envs = make_envs(args, args.num_eval_envs, *levels, seeds[0])
         self.test_envs = make_envs(args, args.num_eval_envs, 0, 0, seeds[1])
-        zeros = partial(torch.zeros, args.num_steps + 1, args.num_envs, device=device)
-        obs, actions = zeros(64, 64, 3, dtype=torch.uint8), zeros(dtype=torch.int64)
-        self.data = Batch(obs, actions, logprobs=zeros(), values=zeros(), advantages=zeros(), returns=zeros())
+        self.obs_shape = self.test_envs.observe()[1]["rgb"].shape[1:]
+
+        shape = (args.num_steps + 1, args.num_envs)
+        self.data = Batch(
+            obs=torch.zeros(*shape, *self.obs_shape, dtype=torch.uint8, device=device),
+            actions=torch.zeros(shape, dtype=torch.int64, device=device),
+            logprobs=torch.zeros(shape, device=device),
+            values=torch.zeros(shape, device=device),
+            advantages=torch.zeros(shape, device=device),
+            returns=torch.zeros(shape, device=device),
+        )
         self.batch = Batch(*(column[:-1].flatten(0, 1) for column in self.data))  # the same memory
-        self.rewards, self.dones = (np.zeros(self.data.values.shape, kind) for kind in (np.float32, bool))
+        self.rewards = np.zeros(shape, np.float32)
+        self.dones = np.zeros(shape, bool)
         self.groups = []
         for seed, columns in zip(seeds[2:], torch.arange(args.num_envs).chunk(num_groups)):
-            envs, part = make_envs(args, len(columns), *levels, seed), slice(columns[0], columns[-1] + 1)
+            part = slice(int(columns[0]), int(columns[-1]) + 1)
+            envs = make_envs(args, len(columns), *levels, seed)
             data = Batch(*(column[:, part] for column in self.data))
-            self.groups.append(Group(policy, envs, data, self.rewards[:, part], self.dones[:, part]))
+            rewards = self.rewards[:, part]
+            dones = self.dones[:, part]
+            self.groups.append(EnvGroup(envs, data, rewards, dones))
+
         self.normalizer = RewardNormalizer(args.num_envs, args.gamma)
         self.episodes = np.zeros((2, args.num_envs))  # raw return and length of those under way
-        self.train_return = self.test_return = math.nan  # as last logged
-        self.writer = SummaryWriter(folder, purge_step=first_step)  # hides what a killed process wrote later
-        rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + rows, first_step)
+        self.train_return = math.nan  # as last logged, and so the next
+        self.test_return = math.nan
+        next_step = global_step + 1
+        self.writer = SummaryWriter(
+            self.folder, purge_step=next_step
+        )  # hides what a killed process wrote later
+        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+        self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]), next_step)
 
     def finish_rollout(self) -> np.ndarray:
         """Estimates advantages and returns after a rollout. Gives the raw return and the length of all
         episodes that ended in it, (2, number of episodes)."""
-        values, dones = self.data.values.cpu(), torch.from_numpy(self.dones)
-        rewards = torch.from_numpy(self.normalizer(self.rewards[1:], self.dones[1:]))
-        steps = (rewards, values[:-1], dones[:-1], values[-1], dones[-1])
-        estimates = compute_gae(*steps, self.args.gamma, self.args.gae_lambda)
-        self.data.advantages[:-1], self.data.returns[:-1] = estimates
+        args = self.args
+        rewards = self.normalizer(self.rewards[1:], self.dones[1:])
+        rewards = torch.from_numpy(rewards)
+        dones = torch.from_numpy(self.dones)
+        values = self.data.values.cpu()
+        next_value = values[-1]
+        next_done = dones[-1]
+        advantages, returns = compute_gae(
+            rewards, values[:-1], dones[:-1], next_value, next_done, args.gamma, args.gae_lambda
+        )
+        self.data.advantages[:-1] = advantages
+        self.data.returns[:-1] = returns
         ended = []
         for reward, done in zip(self.rewards[1:], self.dones[1:]):
             self.episodes += [reward, np.ones_like(reward)]
@@ -443,378 +579,782 @@ class Runner:
             self.episodes[:, done] = 0
         return np.concatenate(ended, axis=1)
 
-    def log(self, metrics: np.ndarray, episodes: np.ndarray, global_step: int, sps: float, test: bool):
-        """Writes an iteration's curves, return and length being means over the episodes that ended in it."""
-        scalars = {f"losses/{name}": value for name, value in zip(METRICS, metrics)}
-        residual = (self.batch.returns - self.batch.values).var() / self.batch.returns.var()
+    def log_iteration(self, losses: dict[str, float], episodes: np.ndarray, sps: float, global_step: int):
+        """Writes an iteration's curves; return and length are means over the episodes that ended in it."""
+        returns = self.batch.returns
+        residual = (returns - self.batch.values).var() / returns.var()
+        scalars = {f"losses/{name}": value for name, value in losses.items()}
         scalars["losses/explained_variance"] = 1 - residual.item()
-        scalars |= {"charts/learning_rate": self.args.learning_rate, "charts/SPS": sps}
-        if episodes.size:
-            scalars["charts/episodic_return"], scalars["charts/episodic_length"] = episodes.mean(1).tolist()
-            self.train_return = scalars["charts/episodic_return"]
-        if test:
-            devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):  # training goes on as it would without the test
-                self.test_return = evaluate(self.policy, self.test_envs, 1, self.device).mean().item()
-            scalars["charts/test_episodic_return"] = self.test_return
-            scalars["charts/generalization_gap"] = self.train_return - self.test_return
+        scalars["charts/learning_rate"] = self.args.learning_rate
+        scalars["charts/SPS"] = sps
+        if episodes.size > 0:
+            self.train_return, length = episodes.mean(axis=1).tolist()
+            scalars["charts/episodic_return"] = self.train_return
+            scalars["charts/episodic_length"] = length
+        self.write_scalars(scalars, global_step)
+
+    def log_test(self, test_return: float, global_step: int):
+        """Writes the mean raw return of a test, and how far it is below that of training."""
+        self.test_return = test_return
+        gap = self.train_return - self.test_return
+        scalars = {"charts/test_episodic_return": test_return, "charts/generalization_gap": gap}
+        self.write_scalars(scalars, global_step)
+
+    def write_scalars(self, scalars: dict[str, float], global_step: int):
+        """All that are numbers: before the first episode has ended there are none of some."""
         for tag, value in scalars.items():
             if not math.isnan(value):
                 self.writer.add_scalar(tag, value, global_step)
 
-    def final_test(self) -> dict[str, dict[str, float]]:
-        """Mean raw return with its standard error on both kinds of levels, and their difference."""
-        result, episodes_per_env = {}, -(-self.args.final_eval_episodes // self.args.num_eval_envs)
-        levels = {"training_levels": self.train_level_test_envs, "full_distribution": self.test_envs}
-        for name, envs in levels.items():
-            returns = evaluate(self.policy, envs, episodes_per_env, self.device)
-            error = returns.std(ddof=1) / len(returns) ** 0.5
-            result[name] = {"mean": returns.mean(), "standard_error": error, "episodes": len(returns)}
-        train, test = result.values()
-        error = math.hypot(train["standard_error"], test["standard_error"])
-        gap = {"mean": train["mean"] - test["mean"], "standard_error": error}
-        return result | {"generalization_gap": gap}
-
-    def save_agent(self):
-        """Writes agent.pt: the weights, the script and its Args, for torch.load(..., weights_only=True)."""
-        weights = {name: weight.cpu() for name, weight in self.agent.state_dict().items()}
-        content = {"script": Path(__file__).stem, "args": asdict(self.args), "agent": weights}
-        write_file(self.folder / "agent.pt", content)
+    def checkpointed_envs(self) -> list:
+        return [self.test_envs, *(group.envs for group in self.groups)]
 
     def state_dict(self) -> dict:
         """What this side of a run goes on from, in types that weights_only loads."""
+        statistics = vars(self.normalizer.statistics)  # mean, var and count
         return {
-            "agent": self.agent.state_dict(),
-            "envs": [envs.get_state() for envs in (self.test_envs, *(group.envs for group in self.groups))],
-            "reward_statistics": {name: float(x) for name, x in vars(self.normalizer.statistics).items()},
-            "arrays": [self.normalizer.returns.tolist(), self.episodes.tolist()],
-            "returns": [self.train_return, self.test_return],
+            "envs": [envs.get_state() for envs in self.checkpointed_envs()],
+            "reward_statistics": {name: float(value) for name, value in statistics.items()},
+            "discounted": self.normalizer.discounted.tolist(),
+            "episodes": self.episodes.tolist(),
+            "train_return": self.train_return,
+            "test_return": self.test_return,
         }
 
     def load_state_dict(self, state: dict):
-        self.agent.load_state_dict(state["agent"])
-        all_envs = (self.test_envs, *(group.envs for group in self.groups))
-        for envs, env_states in zip(all_envs, state["envs"], strict=True):
+        for envs, env_states in zip(self.checkpointed_envs(), state["envs"], strict=True):
             envs.set_state(env_states)
         vars(self.normalizer.statistics).update(state["reward_statistics"])
-        self.normalizer.returns, self.episodes = map(np.array, state["arrays"])
-        self.train_return, self.test_return = state["returns"]
+        self.normalizer.discounted = np.array(state["discounted"])
+        self.episodes = np.array(state["episodes"])
+        self.train_return = state["train_return"]
+        self.test_return = state["test_return"]
 
     def close(self):
         self.writer.close()
-        for envs in (self.train_level_test_envs, self.test_envs, *(group.envs for group in self.groups)):
+        for envs in [self.train_level_test_envs, *self.checkpointed_envs()]:
             envs.close()
 
 
-def fail(message: str):
-    """Ends the process over something that its user can mend: one line, the last one, and exit status 2."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+# What follows runs the algorithm: signals and progress, the fast path, files, and main.
 
 
-def write_file(path: Path, content):
-    """Writes a string, or torch.save of anything else: the whole file, or what was there before stays."""
-    stream = io.BytesIO()
-    stream.write(content.encode()) if isinstance(content, str) else torch.save(content, stream)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(stream.getvalue())
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        fail(f"cannot write {path}{', which stays as it was' * path.exists()}: {error.strerror}")
+class Failure(Exception):
+    """What the user can mend, a file or a disk: the shell gets it as one line, with exit status 2."""
 
 
-def read_file(path, flag: str, keys: set[str]) -> dict:
-    """What torch.save wrote into one of our files, a dict with these keys; anything else ends the process."""
-    try:
-        bad_part = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
-        content = dict(torch.load(path, map_location="cpu", weights_only=True))
-        if bad_part or not content.keys() >= keys:
-            raise ValueError
-        return content
-    except Exception as error:  # torch has many names for a file that is cut short, or not ours, or code
-        reason = getattr(error, "strerror", None) or "it is damaged, or another kind of file"
-        fail(f"{flag} cannot read {path}: {reason}")
+class Stopped(Exception):
+    """A signal has ended a test."""
 
 
-def read_checkpoint(path: Path) -> dict:
-    content = read_file(path, "--resume", {"format", "script", "args", "iteration"})
-    ours, theirs = (Path(__file__).stem, 1), (content["script"], content["format"])
-    if theirs != ours:
-        fail("--resume: {} is of {}.py, format {}; this is {}.py, format {}".format(path, *theirs, *ours))
-    return content
+class Stop:
+    """Whether a run is to end early: at the first SIGINT or SIGTERM. A second one kills the process."""
 
+    def __init__(self):
+        self.signal_number = 0
+        self.progress = None  # of the training, once it has begun
 
-def read_encoder(path: str) -> tuple[tuple[int, int, int], dict]:
-    """Channels and weights of the encoder in an agent.pt of any of the scripts."""
-    content = read_file(path, "--pretrained-encoder", {"script", "args", "agent"})
-    try:
-        channels = Args(channels=tuple(content["args"]["channels"])).channels
-        encoder = Agent(channels=channels).encoder
-        weights = {k.removeprefix("encoder."): v for k, v in content["agent"].items() if "encoder." in k}
-        encoder.load_state_dict(weights)
-        return channels, weights
-    except Exception:  # a part is missing, or its shape is not what the file says
-        fail(f"--pretrained-encoder cannot use {path}: it has no encoder of the channels that it names")
+    @property
+    def requested(self) -> bool:
+        return self.signal_number > 0
 
+    def catch_signals(self):
+        signal.signal(signal.SIGINT, self.handle)
+        signal.signal(signal.SIGTERM, self.handle)
 
-def find_checkpoint(args: Args) -> Path | None:
-    """The file that --resume means, None for a new run."""
-    if args.resume == "auto":
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{10 * '[0-9]'}"
-        return max(Path("runs").glob(f"{name}/checkpoint.pt"), key=os.path.getmtime, default=None)
-    return Path(args.resume, "checkpoint.pt" * os.path.isdir(args.resume)) if args.resume else None
-
-
-def save_checkpoint(path: Path, args: Args, iteration: int, optimizer, runners: list[Runner]):
-    for runner in runners:
-        runner.writer.flush()  # no curve on disk ends before the checkpoint does
-    name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    generators = [random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state(), cuda]
-    content = {"format": 1, "script": Path(__file__).stem, "args": asdict(args), "iteration": iteration}
-    content |= {"runners": [runner.state_dict() for runner in runners], "generators": generators}
-    write_file(path, content | {"optimizer": optimizer.state_dict()["state"]})
-
-
-def load_checkpoint(content: dict, optimizer, runners: list[Runner]):
-    for runner, state in zip(runners, content["runners"], strict=True):
-        runner.load_state_dict(state)
-    for state, saved in zip(optimizer.state.values(), content["optimizer"].values(), strict=True):
-        for name, moment in state.items():
-            moment.copy_(saved[name])  # which keeps the layout that this device and precision need
-    *generators, cuda = content["generators"]
-    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), generators):
-        restore(state)
-    if cuda is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(cuda)
-
-
-def open_run(args: Args) -> tuple[Path, dict, object]:
-    """Makes or finds the run folder and locks it. Returns its checkpoint, path and content, and the lock."""
-    found = find_checkpoint(args)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    path = found or Path("runs", name, "checkpoint.pt")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = (path.parent / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        busy = "another process is at work in it"
-        fail(f"run folder {path.parent}: {busy if isinstance(error, BlockingIOError) else error.strerror}")
-    return path, read_checkpoint(found) if found else {}, lock
-
-
-def catch_signals() -> list[int]:
-    """The list that SIGINT and SIGTERM go to, for main to stop at the next good place; a second one kills."""
-    signals = []
-
-    def catch(signum, frame):
-        signals.append(signum)
+    def handle(self, signal_number: int, frame):
+        self.signal_number = signal_number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("\nstopping after this iteration or test; once more stops at once", file=sys.stderr, flush=True)
-
-    signal.signal(signal.SIGINT, catch)
-    signal.signal(signal.SIGTERM, catch)
-    return signals
+        when = self.progress.time_left() if self.progress else ""
+        print(f"\nstopping{when}; once more stops at once", file=sys.stderr, flush=True)
 
 
-def print_results(results: list[dict[str, dict[str, float]]]):
-    """Prints the final test, a line for each agent: mean returns with their 95 % confidence intervals."""
-    print("final test" + "".join(f"{name.replace('_', ' '):>22}" for name in results[0]))
-    for number, result in enumerate(results, 1):
-        cells = [f"{each['mean']:.2f} +- {1.96 * each['standard_error']:.2f}" for each in result.values()]
-        print(f"agent {number:<4}" + "".join(f"{cell:>22}" for cell in cells))
+def make_bar(**options) -> tqdm:
+    """A bar in a terminal; elsewhere a line a minute."""
+    if not sys.stderr.isatty():
+        options |= {"mininterval": 60, "bar_format": "{l_bar}{bar}{r_bar}\n"}
+    return tqdm(unit_scale=True, **options)
 
 
-def parse_args() -> Args:
-    """Reads the command line, over the settings of a run to resume; tyro's box of errors becomes a line."""
+class Progress:
+    """The bar of a training, in environment steps, and how much of an iteration is done."""
 
-    def parse(default: Args) -> Args:
-        box = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(box):
-                return tyro.cli(Args, prog=Path(__file__).name, description=__doc__, default=default)
-        except SystemExit as stop:
-            text = re.sub("╭.*╮|│|╰.*╯", " ", box.getvalue())
-            message = re.sub(" *(─+|-{5,}) *", "; ", " ".join(text.split())).split("Error parsing Args: ")[-1]
-            fail(message.split("; For full helptext")[0]) if stop.code else sys.exit(0)
+    def __init__(self, args: Args, num_agents: int, first_step: int, last_step: int):
+        self.batch_size = args.batch_size
+        # A minibatch goes forward and backward, which costs three times forward, through every agent.
+        rollout_share = 1 / (1 + 3 * args.update_epochs * num_agents)
+        self.share_of_step = rollout_share / (args.num_steps + 1)
+        self.share_of_minibatch = (1 - rollout_share) / (args.update_epochs * args.num_minibatches)
+        self.start_time = None  # of the iteration under way, if one is
+        self.done = 0.0  # share of it that is done
+        self.end_step = first_step  # at its end
+        self.bar = make_bar(initial=first_step, total=last_step, unit="step")
 
-    args = parse(Args())
-    path = find_checkpoint(args)
-    checkpoint = read_checkpoint(path) if path else {"args": {}, "iteration": 0}
-    saved = checkpoint["args"]
-    try:
-        if path:
-            args = parse(Args(**saved | {"resume": str(path)}))
-        if saved.get("device", "")[:4] == args.device[:4] == "cuda" and not torch.cuda.is_available():
-            args.device = "auto"
-        names = [field.name for field in fields(Args)]
-        for name in names[: names.index("total_timesteps")]:
-            if name in saved and getattr(args, name) != saved[name]:
-                value = "empty" if saved[name] == "" else saved[name]
-                fail(f"--{name.replace('_', '-')} must stay {value}, as in {path}: leave it out")
-        args = replace(args, resume="")  # now everything is checked
-        if (steps := checkpoint["iteration"] * args.batch_size) > args.total_timesteps:
-            fail(f"--total-timesteps must be at least {steps}, where {path} is, not {args.total_timesteps}")
-    except (AttributeError, TypeError, ValueError) as error:
-        fail(f"{error}, with the settings in {path}" if path else str(error))
-    args.resume = str(path or "")
-    return args
+    def begin_iteration(self):
+        self.start_time = time.time()
+        self.done = 0.0
+        self.end_step += self.batch_size
+
+    def advance(self, share: float):
+        self.done += share
+        reached = self.end_step - round(self.batch_size * max(0.0, 1 - self.done))
+        self.bar.update(reached - self.bar.n)
+
+    def end_iteration(self):
+        self.start_time = None
+        self.bar.update(self.end_step - self.bar.n)
+
+    def show_returns(self, runners: list[Runner]):
+        returns = [f"{each.train_return:.2f} (test {each.test_return:.2f})" for each in runners]
+        self.bar.set_postfix_str(f"return {'/'.join(returns)}")
+
+    def time_left(self) -> str:
+        """When the iteration under way will end, in words; none if there is none."""
+        if self.start_time is None:
+            return ""
+        if self.done == 0:
+            return " after this iteration"
+        seconds = (time.time() - self.start_time) * (1 - self.done) / self.done
+        if seconds < 90:
+            return f" after this iteration, in about {seconds:.0f} seconds"
+        return f" after this iteration, in about {seconds / 60:.0f} minutes"
+
+    def close(self):
+        self.bar.close()
 
 
-def main(args: Args, signals=()):
-    """Trains. Once something is in `signals`, stops after the iteration under way."""
-    if args.pretrained_encoder and not args.resume:
-        channels, encoder = read_encoder(args.pretrained_encoder)
-        if args.channels not in (Args.channels, channels):
-            fail(f"--channels must be {channels}, as in {args.pretrained_encoder}: leave it out")
-        args = replace(args, channels=channels)
+def prepare_torch(args: Args, device):
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
     torch.backends.cudnn.allow_tf32 = args.bf16  # off, float32 is float32
-    device = torch.device(args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device.index or 0)
+    warnings.filterwarnings("ignore", ".*capturable=True")  # that Adam also runs uncaptured
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # that the heads do without
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     else:
         print("training on the CPU, which is slow: no CUDA device is used", flush=True)
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: glibc is to keep big buffers, since
-            ctypes.CDLL(None).mallopt(parameter, 2**30)  # to give them back takes longer than to fill them
-    path, checkpoint, _lock = open_run(args)
-    args, run_dir, done = replace(args, resume=""), path.parent, checkpoint.get("iteration", 0)
-    print(f"run folder: {run_dir}", flush=True)
-    if args.track:
-        import wandb
+        keep_freed_memory()
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_dir.name}
-        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True)
 
-    agents = [Agent(channels=args.channels).to(device) for _ in range(2)]
+def keep_freed_memory():
+    """Tells glibc to keep big buffers for the next use: to give them back takes longer than to fill them."""
+    trim_threshold = -1  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    mmap_threshold = -3
+    libc = ctypes.CDLL(None)
+    libc.mallopt(trim_threshold, 2**30)
+    libc.mallopt(mmap_threshold, 2**30)
+
+
+def has_fast_bf16(device) -> bool:
+    """Others emulate bfloat16, and crawl. On a CPU oneDNN answers first, then the processor."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+
+
+def can_compile(device) -> bool:
+    """Whether torch.compile works here, forward and backward; if not, prints why. It needs a C compiler."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(available_cores()))  # it would start 32
+    x = torch.ones(8, device=device, requires_grad=True)
+    try:
+        torch.compile(torch.sin)(x).sum().backward()
+        return True
+    except Exception as error:  # of the compiler, of the driver, of the disk for its files
+        print(f"torch.compile is off: {first_line(error)}", flush=True)
+        return False
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+class CudaGraph:
+    """Replays a function of one tensor as a CUDA graph, one for each shape. The first calls for a shape run
+    the function itself, on another stream as PyTorch asks for: it compiles, chooses algorithms, allocates."""
+
+    warmup_calls = 3
+
+    def __init__(self, function, advice: str):
+        self.function = function
+        self.advice = advice  # for one whose graph cannot be captured
+        self.num_calls = Counter()
+        self.graphs = {}
+        self.off = False
+
+    def __call__(self, x):
+        if self.off:
+            return self.function(x)
+        if x.shape not in self.graphs:
+            self.num_calls[x.shape] += 1
+            if self.num_calls[x.shape] <= self.warmup_calls:
+                return self.warm_up(x)
+            self.graphs[x.shape] = self.capture(x.clone())
+        graph, static_x, outputs = self.graphs[x.shape]
+        static_x.copy_(x)
+        graph.replay()
+        # The next replay writes to the same place.
+        if isinstance(outputs, dict):
+            return {name: output.clone() for name, output in outputs.items()}
+        return tuple(output.clone() for output in outputs)
+
+    def warm_up(self, x):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                outputs = self.function(x)
+        except RuntimeError as error:
+            print(f"CUDA graphs are off: {first_line(error)}", flush=True)
+            self.off = True
+            return self.function(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        return outputs
+
+    def capture(self, static_x):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                outputs = self.function(static_x)
+        except RuntimeError as error:  # in the middle of a capture, which this process may not get over
+            raise Failure(f"no CUDA graph: {first_line(error)}; {self.advice}") from error
+        return graph, static_x, outputs
+
+
+def speed_up(args: Args, agents: list[Agent], optimizer, batches: list[Batch], device, run_dir: Path):
+    """The fast path, which wraps the functions above: --no-bf16 --no-compile --no-cudagraphs leaves them as
+    they are. Returns the agents that play, to be given the newest weights, the policy of each, which is `act`
+    of obs, and minibatch_step of mb_inds."""
+    cuda = device.type == "cuda"
+    bf16 = args.bf16 and has_fast_bf16(device)
     for agent in agents:
-        if args.pretrained_encoder and not checkpoint:
+        agent.bf16 = bf16
+        if bf16 or cuda:
+            agent.to(memory_format=torch.channels_last)
+    players = agents
+    if bf16:
+        players = deepcopy(agents)
+        for player in players:
+            player.encoder.bfloat16()  # once an update, where autocast would round in every step
+
+    loss_function = compute_loss
+    policies = [partial(act, player) for player in players]
+    if cuda and args.compile and can_compile(device):
+        loss_function = torch.compile(compute_loss)
+        policies = [partial(act, torch.compile(player, dynamic=False)) for player in players]
+    part_size = args.minibatch_size if cuda else 256  # what a CPU's caches like
+    backward = partial(backward_in_parts, loss_function, part_size)
+    gradient_step = partial(minibatch_step, backward, agents, optimizer, batches, args)
+    if cuda and args.cudagraphs:
+        advice = f"--resume {run_dir} --no-cudagraphs would do"
+        gradient_step = CudaGraph(gradient_step, advice)
+        policies = [CudaGraph(policy, advice) for policy in policies]
+    return players, policies, gradient_step
+
+
+def make_optimizer(args: Args, weights: list, device):
+    """Adam, in one kernel. A CUDA graph reads the learning rate from the tensor, and needs capturable."""
+    cuda = device.type == "cuda"
+    lr = torch.tensor(args.learning_rate, device=device)
+    return torch.optim.Adam(weights, lr=lr, eps=1e-5, fused=True, capturable=cuda)
+
+
+def copy_weights(agents: list[Agent], players: list[Agent]):
+    """Gives the players the newest weights, in their precision."""
+    for agent, player in zip(agents, players):
+        if player is not agent:
+            player.load_state_dict(agent.state_dict())
+
+
+def write_file(path: Path, content: bytes):
+    """Writes the whole file, or what was there before stays."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        kept = ", which stays as it was" if path.exists() else ""
+        raise Failure(f"cannot write {path}{kept}: {error.strerror}") from error
+
+
+def write_torch(path: Path, content: dict):
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    write_file(path, stream.getvalue())
+
+
+def write_json(path: Path, content: dict):
+    write_file(path, json.dumps(content, indent=2).encode())
+
+
+def read_torch(path: Path, flag: str, keys: set[str]) -> dict:
+    """What write_torch wrote, a dict with these keys, on the CPU. Failure if the file is anything else."""
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if damaged or not isinstance(content, dict) or not keys <= content.keys():
+            raise ValueError
+        return content
+    except Exception as error:  # torch has many names for a file that is cut short, or not ours, or code
+        reason = getattr(error, "strerror", None) or "it is damaged, or another kind of file"
+        raise Failure(f"{flag} cannot read {path}: {reason}") from error
+
+
+@dataclass
+class Position:
+    """Where a run is."""
+
+    iteration: int = 0  # the last that is finished
+    global_step: int = 0  # environment steps of each agent
+    test_due: bool = False  # a signal has cut its test short
+
+
+CHECKPOINT_FORMAT = 2
+
+# What a run that goes on cannot change: its name, what its checkpoint holds, and what only a start uses.
+FIXED = [
+    "env_id",
+    "exp_name",
+    "seed",
+    "num_agents",
+    "num_envs",
+    "num_eval_envs",
+    "num_levels",
+    "start_level",
+    "distribution_mode",
+    "channels",
+    "pretrained_encoder",
+    "freeze_encoder",
+]
+
+
+def find_checkpoint(resume: str, env_id: str, exp_name: str, seed) -> Path | None:
+    """The file that --resume means, None for a new run."""
+    if resume == "":
+        return None
+    if resume == "auto":
+        name = glob.escape(f"{env_id}__{exp_name}__{seed}__")
+        runs = Path("runs").glob(f"{name}{10 * '[0-9]'}/checkpoint.pt")
+        return max(runs, key=os.path.getmtime, default=None)
+    path = Path(resume)
+    return path / "checkpoint.pt" if path.is_dir() else path
+
+
+def read_checkpoint(path: Path) -> dict:
+    checkpoint = read_torch(path, "--resume", {"format", "script", "args"})
+    if checkpoint["script"] != Path(__file__).stem:
+        raise Failure(f"--resume: {path} is of {checkpoint['script']}.py; this is {Path(__file__).name}")
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        formats = f"format {checkpoint['format']}; this script writes and reads format {CHECKPOINT_FORMAT}"
+        raise Failure(f"--resume: {path} has {formats}")
+    return checkpoint
+
+
+def read_position(args: Args, path: Path, checkpoint: dict) -> Position:
+    """Where a checkpoint is. Failure if that is beyond --total-timesteps."""
+    position = Position(**checkpoint["position"])
+    steps = position.global_step
+    if steps > args.total_timesteps:
+        raise Failure(
+            f"--total-timesteps must be at least {steps}, where {path} is, not {args.total_timesteps}"
+        )
+    return position
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run, each in place of the last, and puts back what one holds."""
+
+    seconds_between = 300  # at most
+
+    def __init__(self, path: Path, args: Args, agents: list[Agent], optimizer, runners: list[Runner]):
+        self.path = path
+        self.args = args
+        self.agents = agents
+        self.optimizer = optimizer
+        self.runners = runners
+        self.time = time.time()  # of the last
+        self.last_good = ""  # in words
+
+    def due(self, position: Position) -> bool:
+        at_interval = position.iteration % self.args.checkpoint_interval == 0
+        return at_interval or time.time() > self.time + self.seconds_between
+
+    def save(self, position: Position):
+        """All that a run needs to go on, in types that weights_only loads."""
+        for runner in self.runners:
+            runner.writer.flush()  # no curve on disk ends before the checkpoint does
+        content = {
+            "format": CHECKPOINT_FORMAT,
+            "script": Path(__file__).stem,
+            "args": asdict(self.args),
+            "position": asdict(position),
+            "agents": [agent.state_dict() for agent in self.agents],
+            "optimizer": self.optimizer.state_dict()["state"],
+            "runners": [runner.state_dict() for runner in self.runners],
+            "generators": get_generators(),
+        }
+        write_torch(self.path, content)
+        self.note(position)
+
+    def load(self, checkpoint: dict):
+        """Failure if it does not fit."""
+        try:
+            for agent, state in zip(self.agents, checkpoint["agents"], strict=True):
+                agent.load_state_dict(state)
+            for runner, state in zip(self.runners, checkpoint["runners"], strict=True):
+                runner.load_state_dict(state)
+            load_optimizer(self.optimizer, checkpoint["optimizer"])
+            set_generators(checkpoint["generators"])
+        except Exception as error:  # a part is missing, or made with other settings than the file says
+            reason = first_line(error)
+            raise Failure(f"--resume: {self.path} does not fit its settings: {reason}") from error
+        self.note(Position(**checkpoint["position"]))
+
+    def note(self, position: Position):
+        self.time = time.time()
+        which = f"the last good checkpoint is of iteration {position.iteration}"
+        self.last_good = f"{which}: --resume {self.path.parent}"
+
+
+def get_generators() -> dict:
+    """States of all random generators."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_generators(states: dict):
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def load_optimizer(optimizer, states: dict):
+    """Puts Adam's moments into the memory layout of their weights, which depends on device and precision: on
+    the CPU the fused Adam does not look at strides."""
+    weights = optimizer.param_groups[0]["params"]
+    for weight, state in zip(weights, states.values(), strict=len(states) > 0):
+        optimizer.state[weight] = {
+            "step": state["step"].to(weight.device),
+            "exp_avg": torch.empty_like(weight).copy_(state["exp_avg"]),
+            "exp_avg_sq": torch.empty_like(weight).copy_(state["exp_avg_sq"]),
+        }
+
+
+def saved_settings(path: Path, checkpoint: dict) -> Args:
+    """Those of a checkpoint, on the CPU if its GPU is not here. Failure if this script cannot have them."""
+    try:
+        settings = dict(checkpoint["args"])
+        if settings["device"] != "auto" and not torch.cuda.is_available():
+            settings["device"] = "cpu"
+        return Args(**settings)
+    except Exception as error:  # anything can be in there
+        raise Failure(f"--resume: {first_line(error)}, with the settings in {path}") from error
+
+
+def check_changes(args: Args, saved: Args, path: Path):
+    """Prints which settings are not those of the checkpoint. Failure if one of them cannot be changed."""
+    changes = []
+    for name, value in asdict(args).items():
+        before = getattr(saved, name)
+        if name == "resume" or value == before:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name in FIXED:
+            must_stay = "empty" if before == "" else before
+            raise Failure(f"{flag} must stay {must_stay}, as in {path}: leave it out")
+        changes.append(f"{flag} {value}, was {before}")
+    if changes:
+        print(f"changed: {'; '.join(changes)}", flush=True)
+
+
+def read_encoder(args: Args) -> tuple[tuple[int, int, int], dict]:
+    """Channels and weights of the encoder in an agent.pt of any of the scripts. Failure if --channels says
+    otherwise."""
+    path = args.pretrained_encoder
+    content = read_torch(Path(path), "--pretrained-encoder", {"script", "args", "agent"})
+    weights = {}
+    try:
+        channels = Args(channels=tuple(content["args"]["channels"])).channels
+        for name, weight in content["agent"].items():
+            if name.startswith("encoder."):
+                weights[name.removeprefix("encoder.")] = weight
+        Agent(channels=channels).encoder.load_state_dict(weights)
+    except Exception as error:  # a part is missing, or its shape is not what the file says
+        reason = "it has no encoder of the channels that it names"
+        raise Failure(f"--pretrained-encoder cannot use {path}: {reason}") from error
+    if args.channels not in (Args.channels, channels):
+        raise Failure(f"--channels must be {channels}, as in {path}: leave it out")
+    return channels, weights
+
+
+def open_run(args: Args, checkpoint_path: Path | None) -> tuple[Path, object]:
+    """Makes the run folder, or finds that of a checkpoint, and locks it. Returns folder and lock."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = checkpoint_path.parent if checkpoint_path else Path("runs", name)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Failure(f"run folder {run_dir}: another process is at work in it") from error
+    except OSError as error:
+        raise Failure(f"run folder {run_dir}: {error.strerror}") from error
+    return run_dir, lock
+
+
+def track(args: Args, run_dir: Path):
+    """Copies the curves to Weights & Biases from now on."""
+    import wandb
+
+    wandb.init(
+        project=args.wandb_project_name,
+        entity=args.wandb_entity,
+        id=run_dir.name,
+        resume="allow",
+        config=asdict(args),
+        sync_tensorboard=True,
+    )
+
+
+def check_finite(metrics: dict[str, np.ndarray], iteration: int, advice: str):
+    """Failure if any number is not, and which was the first. metrics as `update` returns them."""
+    table = np.stack(list(metrics.values()), axis=-1)
+    wrong = np.argwhere(~np.isfinite(table))
+    if len(wrong) > 0:
+        step, agent, column = wrong[0]
+        name = list(metrics)[column]
+        value = table[step, agent, column]
+        raise Failure(f"{name} of agent {agent + 1} is {value} in iteration {iteration}; {advice}")
+
+
+def test_agents(
+    policies: list, runners: list[Runner], args: Args, device, stop: Stop, global_step: int
+) -> bool:
+    """Logs the mean raw return of each agent, of one episode in each of its test environments. The training
+    goes on as it would without the test. If `stop` cuts it short all is as before, and the answer is no."""
+    cuda_devices = [device] if device.type == "cuda" else []
+    before = [runner.test_envs.get_state() for runner in runners]
+    test_returns = []
+    try:
+        for number, (policy, runner) in enumerate(zip(policies, runners), 1):
+            bar = make_bar(
+                desc=f"test of agent {number}", total=args.num_eval_envs, leave=False, disable=None
+            )
+            with torch.random.fork_rng(cuda_devices), bar:
+                returns = evaluate(policy, runner.test_envs, 1, device, stop, bar)
+            test_returns.append(returns.mean().item())
+    except Stopped:
+        for runner, state in zip(runners, before):
+            runner.test_envs.set_state(state)
+        return False
+    for runner, test_return in zip(runners, test_returns):
+        runner.log_test(test_return, global_step)
+    return True
+
+
+def final_test(policies, runners, args: Args, device, stop: Stop, global_step: int, run_dir: Path) -> bool:
+    """Tests all agents on both kinds of levels, prints a table and writes final_test.json. If `stop` cuts it
+    short there is none, and the answer is no."""
+    print(f"final test, of {args.final_eval_episodes} episodes on each kind of levels", flush=True)
+    results = []
+    try:
+        for number, (policy, runner) in enumerate(zip(policies, runners), 1):
+            train = test_on(
+                "training levels", number, policy, runner.train_level_test_envs, args, device, stop
+            )
+            test = test_on("full distribution", number, policy, runner.test_envs, args, device, stop)
+            gap = {
+                "mean": train["mean"] - test["mean"],
+                "standard_error": math.hypot(train["standard_error"], test["standard_error"]),
+            }
+            results.append({"training_levels": train, "full_distribution": test, "generalization_gap": gap})
+    except Stopped:
+        return False
+    print_results(results)
+    content = {"args": asdict(args), "global_step": global_step, "agents": results}
+    write_json(run_dir / "final_test.json", content)
+    return True
+
+
+def test_on(levels: str, number: int, policy, envs, args: Args, device, stop: Stop) -> dict:
+    """The raw returns of an agent, their mean and its standard error."""
+    episodes_per_env = math.ceil(args.final_eval_episodes / envs.num)
+    total = episodes_per_env * envs.num
+    with make_bar(desc=f"agent {number}, {levels}", total=total, unit="episode") as bar:
+        returns = evaluate(policy, envs, episodes_per_env, device, stop, bar)
+    return {
+        "mean": returns.mean(),
+        "standard_error": returns.std(ddof=1) / len(returns) ** 0.5,
+        "episodes": len(returns),
+        "returns": returns.tolist(),
+    }
+
+
+def print_results(results: list[dict]):
+    """The final test, a line for each agent: mean returns with their 95 % confidence intervals."""
+    print("final test" + "".join(f"{name.replace('_', ' '):>22}" for name in results[0]))
+    for number, result in enumerate(results, 1):
+        line = f"agent {number:<4}"
+        for each in result.values():
+            interval = 1.96 * each["standard_error"]
+            cell = f"{each['mean']:.2f} +- {interval:.2f}"
+            line += f"{cell:>22}"
+        print(line)
+
+
+def save_agent(folder: Path, args: Args, agent: Agent):
+    """Writes agent.pt: the weights, the script and its Args, for torch.load(..., weights_only=True)."""
+    weights = {name: weight.cpu() for name, weight in agent.state_dict().items()}
+    content = {"script": Path(__file__).stem, "args": asdict(args), "agent": weights}
+    write_torch(folder / "agent.pt", content)
+
+
+def parse_args() -> Args:
+    """Reads the command line. With --resume the settings of that run are the defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?", default="")
+    parser.add_argument("--env-id", "--env_id", nargs="?", default=Args.env_id)
+    parser.add_argument("--exp-name", "--exp_name", nargs="?", default=Args.exp_name)
+    parser.add_argument("--seed", nargs="?", default=Args.seed)
+    given, _ = parser.parse_known_args()
+    path = find_checkpoint(given.resume or "", given.env_id, given.exp_name, given.seed)
+    defaults = saved_settings(path, read_checkpoint(path)) if path else Args()
+    args = tyro.cli(Args, prog=Path(__file__).name, description=__doc__, default=defaults)
+    return replace(args, resume=str(path or ""))
+
+
+def main(args: Args, stop: Stop | None = None):
+    """Trains, tests and saves. Ends early once `stop` is requested: after the iteration under way, in a test
+    at once."""
+    stop = stop or Stop()
+    device = find_device(args.device)
+    found = find_checkpoint(args.resume, args.env_id, args.exp_name, args.seed)
+    encoder = None
+    if args.pretrained_encoder and not found:
+        channels, encoder = read_encoder(args)
+        args = replace(args, channels=channels)
+    prepare_torch(args, device)
+    run_dir, _lock = open_run(args, found)
+    print(f"run folder: {run_dir}", flush=True)
+    checkpoint = None
+    position = Position()
+    if found:
+        checkpoint = read_checkpoint(found)
+        check_changes(args, saved_settings(found, checkpoint), found)
+        position = read_position(args, found, checkpoint)
+    args = replace(args, resume="")
+
+    num_agents = args.num_agents
+    runners = [Runner(args, i, num_agents, run_dir, device, position.global_step) for i in range(num_agents)]
+    agents = [Agent(channels=args.channels, obs_shape=runner.obs_shape).to(device) for runner in runners]
+    for agent in agents:
+        if encoder:
             agent.encoder.load_state_dict(encoder)
         agent.encoder.requires_grad_(not args.freeze_encoder)
-    parameters = [weight for agent in agents for weight in agent.parameters() if weight.requires_grad]
-    lr = torch.tensor(args.learning_rate, device=device)
-    optimizer = torch.optim.Adam(parameters, lr=lr, eps=1e-5, fused=True, capturable=cuda)
-    warnings.filterwarnings("ignore", ".*capturable=True")  # that it also runs uncaptured
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # that the heads do without
-
-    # The fast path wraps the functions above: --no-bf16 --no-compile --no-cudagraphs leaves them as they are.
-    actors, loss_function = agents, compute_loss
-    has_bf16 = "bf16" in Path("/proc/cpuinfo").read_text()
-    if cuda:
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs crawl with it
-    if args.bf16 and has_bf16:
-        actors = deepcopy(agents)  # they act, with the weights that autocast would round in every step
-        for actor in actors:
-            actor.encoder.bfloat16()
-        for agent in agents + actors:
-            agent.to(memory_format=torch.channels_last)
-            agent.encoder.forward = torch.autocast(device.type, torch.bfloat16)(agent.encoder.forward)
-    policies = [partial(act, actor) for actor in actors]
-    if cuda and args.compile:
-        torch._dynamo.config.suppress_errors = True  # without a C compiler it warns, and runs eagerly
-        loss_function = torch.compile(compute_loss)
-        policies = [partial(act, torch.compile(actor, dynamic=False)) for actor in actors]
-    if cuda and args.cudagraphs:
-        policies = [CudaGraph(policy) for policy in policies]
-
-    runners = []
-    for i, (agent, policy) in enumerate(zip(agents, policies)):
-        folder = run_dir / f"agent_{i + 1}" if len(agents) > 1 else run_dir
-        runners.append(Runner(args, agent, policy, i, 2 // len(agents), folder, device, done))
+    weights = [weight for agent in agents for weight in agent.parameters() if weight.requires_grad]
+    optimizer = make_optimizer(args, weights, device)
     batches = [runner.batch for runner in runners]
-    part_size = args.minibatch_size if cuda else 256  # what a CPU's caches like
-    step = partial(minibatch_step, loss_function, agents, optimizer, batches, args, part_size)
-    for weight in parameters:  # as Adam does in its first step, which may be inside a graph
-        zeros = [torch.zeros((), device=device), torch.zeros_like(weight), torch.zeros_like(weight)]
-        optimizer.state[weight] = dict(zip(("step", "exp_avg", "exp_avg_sq"), zeros))
+    players, policies, gradient_step = speed_up(args, agents, optimizer, batches, device, run_dir)
+    checkpoints = Checkpoints(found or run_dir / "checkpoint.pt", args, agents, optimizer, runners)
     if checkpoint:
-        try:
-            load_checkpoint(checkpoint, optimizer, runners)
-        except Exception as error:  # a part is missing, or made with other settings than the file says
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            fail(f"--resume: {path} does not fit its settings: {reason}")
+        checkpoints.load(checkpoint)
     else:
-        save_checkpoint(path, args, 0, optimizer, runners)
-    if cuda and args.cudagraphs:
-        moments = [moment for state in optimizer.state.values() for moment in state.values()]
-        step = CudaGraph(step, [*parameters, *moments])
+        checkpoints.save(position)
+    write_json(run_dir / "args.json", asdict(args))
+    if args.track:
+        track(args, run_dir)
 
-    style = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{bar}{r_bar}\n"}
-    saved, global_step, start_time = done, done * args.batch_size, time.time()
-    saved_time, total = start_time, args.num_iterations * args.batch_size
-    progress = tqdm(initial=global_step, total=total, unit="step", unit_scale=True, **style)
+    copy_weights(agents, players)
+    first_step = position.global_step
+    last_step = first_step + (args.total_timesteps - first_step) // args.batch_size * args.batch_size
+    start_time = time.time()
+    stopping = stop.requested
+    with contextlib.closing(Progress(args, num_agents, first_step, last_step)) as progress:
+        stop.progress = progress
+        while not stopping and (position.test_due or position.global_step < last_step):
+            if not position.test_due:
+                progress.begin_iteration()
+                rollout(policies, runners, progress)
+                episodes = [runner.finish_rollout() for runner in runners]
+                metrics = update(gradient_step, args, device, progress)
+                copy_weights(agents, players)
+                position.iteration += 1
+                position.global_step += args.batch_size
+                check_finite(metrics, position.iteration, checkpoints.last_good)
+                progress.end_iteration()
 
-    def refresh_actors():
-        for actor, agent in zip(actors, agents):
-            actor.load_state_dict(agent.state_dict())
+                sps = (position.global_step - first_step) / (time.time() - start_time)
+                for i, runner in enumerate(runners):
+                    losses = {name: values.mean(axis=0)[i] for name, values in metrics.items()}
+                    runner.log_iteration(losses, episodes[i], sps, position.global_step)
+                position.test_due = args.eval_interval > 0 and position.iteration % args.eval_interval == 0
+            if position.test_due:
+                tested = test_agents(policies, runners, args, device, stop, position.global_step)
+                position.test_due = not tested
+            progress.show_returns(runners)
+            stopping = stop.requested
+            if stopping or position.global_step == last_step or checkpoints.due(position):
+                checkpoints.save(position)
+        stop.progress = None
 
-    def step_and_show(mb_inds):
-        progress.update(args.minibatch_size // args.update_epochs)
-        return step(mb_inds)
-
-    refresh_actors()
-    for iteration in range(done + 1, args.num_iterations + 1):
-        global_step = iteration * args.batch_size
-        rollout([group for runner in runners for group in runner.groups])
-        episodes = [runner.finish_rollout() for runner in runners]
-        metrics = update(step_and_show, args, device)
-        refresh_actors()
-
-        for k, i, j in np.argwhere(~np.isfinite(metrics)):
-            what = f"{METRICS[j]} of agent {i + 1} is {metrics[k, i, j]} in iteration {iteration}"
-            fail(f"{what}; the last good checkpoint is of iteration {saved}: --resume {run_dir}")
-        sps = (iteration - done) * args.batch_size / (time.time() - start_time)
-        test = args.eval_interval > 0 and iteration % args.eval_interval == 0
-        for i, runner in enumerate(runners):
-            runner.log(metrics.mean(0)[i], episodes[i], global_step, sps, test)
-        status = "/".join(f"{runner.train_return:.2f} (test {runner.test_return:.2f})" for runner in runners)
-        progress.set_postfix_str(f"return {status}", refresh=False)
-        progress.update(global_step - progress.n)
-        due = iteration % args.checkpoint_interval == 0 or time.time() > saved_time + 300
-        if due or signals or iteration == args.num_iterations:
-            save_checkpoint(path, args, iteration, optimizer, runners)
-            saved, saved_time = iteration, time.time()
-        if signals and saved == iteration:
-            break
-    progress.close()
-
-    stopped = bool(signals)  # later ones come too late
-    for runner in runners:
-        runner.save_agent()
-    if args.eval_interval and not stopped:
-        print("final test, of", args.final_eval_episodes, "episodes on each kind of levels", flush=True)
-        results = [runner.final_test() for runner in runners]
-        print_results(results)
-        content = {"args": asdict(args), "global_step": global_step, "agents": results}
-        write_file(run_dir / "final_test.json", json.dumps(content, indent=2))
+    for runner, agent in zip(runners, agents):
+        save_agent(runner.folder, args, agent)
+    if args.eval_interval > 0 and not stopping:
+        stopping = not final_test(policies, runners, args, device, stop, position.global_step, run_dir)
     for runner in runners:
         runner.close()
-    if stopped:
-        print(f"stopped after {global_step:,} steps; to go on: --resume {run_dir}", flush=True)
-        sys.exit(128 + signals[0])
-    print(f"finished after {global_step:,} steps: {run_dir}")
+    if stopping:
+        print(f"stopped after {position.global_step:,} steps; to go on: --resume {run_dir}", flush=True)
+        sys.exit(128 + stop.signal_number)
+    print(f"finished after {position.global_step:,} steps: {run_dir}")
+
+
+def run_from_shell():
+    """What is wrong with a file, a disk or the memory is one line, with exit status 2."""
+    threading.excepthook = pass_over_writer_errors
+    stop = Stop()
+    try:
+        args = parse_args()
+        stop.catch_signals()
+        main(args, stop)
+        return
+    except Failure as failure:  # the checkpoint before it is whole
+        message = str(failure)
+    except OSError as error:
+        message = f"{error.filename or 'cannot write the curves'}: {error.strerror}"
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = "out of memory: smaller --num-envs, --num-steps, --num-eval-envs or --channels would do"
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def pass_over_writer_errors(why):
+    """For threading.excepthook. TensorBoard's writing thread keeps its error for the next flush, which raises
+    it in the main thread: a traceback here would say the same twice."""
+    if getattr(why.thread, "exception", None) is not why.exc_value:
+        threading.__excepthook__(why)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """On a CPU PyTorch has no class for it."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":
-    # The thread that writes the curves reports a full disk by a traceback, and then to the next flush.
-    threading.excepthook = lambda why: isinstance(why.exc_value, OSError) or threading.__excepthook__(why)
-    try:
-        main(parse_args(), catch_signals())
-    except OSError as error:  # the checkpoint before is whole
-        fail(f"{error.filename or 'cannot write the curves'}: {error.strerror}")
-    except RuntimeError as error:
-        if not re.search("can't allocate memory|out of memory", str(error)):
-            raise
-        fail("out of memory: smaller --num-envs, --num-steps, --num-eval-envs or --channels would do")
+    run_from_shell()
