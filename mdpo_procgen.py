@@ -674,7 +674,7 @@ def make_bar(**options) -> tqdm:
     """A bar in a terminal; elsewhere a line a minute."""
     if not sys.stderr.isatty():
         options |= {"mininterval": 60, "bar_format": "{l_bar}{bar}{r_bar}\n"}
-    return tqdm(unit_scale=True, **options)
+    return tqdm(**options)
 
 
 class Progress:
@@ -689,7 +689,7 @@ class Progress:
         self.start_time = None  # of the iteration under way, if one is
         self.done = 0.0  # share of it that is done
         self.end_step = first_step  # at its end
-        self.bar = make_bar(initial=first_step, total=last_step, unit="step")
+        self.bar = make_bar(initial=first_step, total=last_step, unit="step", unit_scale=True)
 
     def begin_iteration(self):
         self.start_time = time.time()
@@ -707,7 +707,7 @@ class Progress:
 
     def show_returns(self, runners: list[Runner]):
         returns = [f"{each.train_return:.2f} (test {each.test_return:.2f})" for each in runners]
-        self.bar.set_postfix_str(f"return {'/'.join(returns)}")
+        self.bar.set_postfix_str(f"return {'/'.join(returns)}", refresh=False)
 
     def time_left(self) -> str:
         """When the iteration under way will end, in words; none if there is none."""
@@ -824,7 +824,27 @@ class CudaGraph:
         return graph, static_x, outputs
 
 
-def speed_up(args: Args, agents: list[Agent], optimizer, batches: list[Batch], device, run_dir: Path):
+def set_up(args: Args, run_dir: Path, device, global_step: int = 0, encoder: dict | None = None):
+    """The agents of a run, their one optimizer, and the Runner of each, whose curves begin after global_step.
+    The encoders begin with the weights `encoder`, if there are any."""
+    num_agents = args.num_agents
+    runners = [Runner(args, i, num_agents, run_dir, device, global_step) for i in range(num_agents)]
+    agents = []
+    weights = []
+    for runner in runners:
+        agent = Agent(channels=args.channels, obs_shape=runner.obs_shape).to(device)
+        if encoder:
+            agent.encoder.load_state_dict(encoder)
+        agent.encoder.requires_grad_(not args.freeze_encoder)
+        agents.append(agent)
+        weights += [weight for weight in agent.parameters() if weight.requires_grad]
+    lr = torch.tensor(args.learning_rate, device=device)  # which a CUDA graph can read
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.Adam(weights, lr=lr, eps=1e-5, fused=True, capturable=cuda)
+    return agents, optimizer, runners
+
+
+def speed_up(args: Args, agents: list[Agent], optimizer, runners, device, run_dir: Path):
     """The fast path, which wraps the functions above: --no-bf16 --no-compile --no-cudagraphs leaves them as
     they are. Returns the agents that play, to be given the newest weights, the policy of each, which is `act`
     of obs, and minibatch_step of mb_inds."""
@@ -847,19 +867,13 @@ def speed_up(args: Args, agents: list[Agent], optimizer, batches: list[Batch], d
         policies = [partial(act, torch.compile(player, dynamic=False)) for player in players]
     part_size = args.minibatch_size if cuda else 256  # what a CPU's caches like
     backward = partial(backward_in_parts, loss_function, part_size)
+    batches = [runner.batch for runner in runners]
     gradient_step = partial(minibatch_step, backward, agents, optimizer, batches, args)
     if cuda and args.cudagraphs:
         advice = f"--resume {run_dir} --no-cudagraphs would do"
         gradient_step = CudaGraph(gradient_step, advice)
         policies = [CudaGraph(policy, advice) for policy in policies]
     return players, policies, gradient_step
-
-
-def make_optimizer(args: Args, weights: list, device):
-    """Adam, in one kernel. A CUDA graph reads the learning rate from the tensor, and needs capturable."""
-    cuda = device.type == "cuda"
-    lr = torch.tensor(args.learning_rate, device=device)
-    return torch.optim.Adam(weights, lr=lr, eps=1e-5, fused=True, capturable=cuda)
 
 
 def copy_weights(agents: list[Agent], players: list[Agent]):
@@ -1257,17 +1271,8 @@ def main(args: Args, stop: Stop | None = None):
         position = read_position(args, found, checkpoint)
     args = replace(args, resume="")
 
-    num_agents = args.num_agents
-    runners = [Runner(args, i, num_agents, run_dir, device, position.global_step) for i in range(num_agents)]
-    agents = [Agent(channels=args.channels, obs_shape=runner.obs_shape).to(device) for runner in runners]
-    for agent in agents:
-        if encoder:
-            agent.encoder.load_state_dict(encoder)
-        agent.encoder.requires_grad_(not args.freeze_encoder)
-    weights = [weight for agent in agents for weight in agent.parameters() if weight.requires_grad]
-    optimizer = make_optimizer(args, weights, device)
-    batches = [runner.batch for runner in runners]
-    players, policies, gradient_step = speed_up(args, agents, optimizer, batches, device, run_dir)
+    agents, optimizer, runners = set_up(args, run_dir, device, position.global_step, encoder)
+    players, policies, gradient_step = speed_up(args, agents, optimizer, runners, device, run_dir)
     checkpoints = Checkpoints(found or run_dir / "checkpoint.pt", args, agents, optimizer, runners)
     if checkpoint:
         checkpoints.load(checkpoint)
@@ -1282,7 +1287,7 @@ def main(args: Args, stop: Stop | None = None):
     last_step = first_step + (args.total_timesteps - first_step) // args.batch_size * args.batch_size
     start_time = time.time()
     stopping = stop.requested
-    with contextlib.closing(Progress(args, num_agents, first_step, last_step)) as progress:
+    with contextlib.closing(Progress(args, len(agents), first_step, last_step)) as progress:
         stop.progress = progress
         while not stopping and (position.test_due or position.global_step < last_step):
             if not position.test_due:
