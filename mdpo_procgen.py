@@ -186,6 +186,17 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def usable_device(name: str) -> str:
+    """The --device of a run that may come from another machine, or what there is here."""
+    for candidate in (name, "auto"):
+        try:
+            find_device(candidate)
+            return candidate
+        except ValueError:
+            continue
+    return "cpu"
+
+
 def can_import(package: str) -> bool:
     """A folder of that name, such as wandb/ with its runs, is no package: it has no origin."""
     spec = importlib.util.find_spec(package)
@@ -1068,11 +1079,10 @@ def load_optimizer(optimizer, states: dict):
 
 
 def saved_settings(path: Path, checkpoint: dict) -> Args:
-    """Those of a checkpoint, on the CPU if its GPU is not here. Failure if this script cannot have them."""
+    """Those of a checkpoint. Failure if this script cannot have them."""
     try:
         settings = dict(checkpoint["args"])
-        if settings["device"] != "auto" and not torch.cuda.is_available():
-            settings["device"] = "cpu"
+        settings["device"] = usable_device(settings["device"])
         return Args(**settings)
     except Exception as error:  # anything can be in there
         raise Failure(f"--resume: {first_line(error)}, with the settings in {path}") from error
@@ -1130,7 +1140,7 @@ def open_run(args: Args, checkpoint_path: Path | None) -> tuple[Path, object]:
 
 
 def track(args: Args, run_dir: Path):
-    """Copies the curves to Weights & Biases from now on."""
+    """Copies the curves to Weights & Biases, of all that is written from now on."""
     import wandb
 
     wandb.init(
@@ -1245,8 +1255,10 @@ def parse_args() -> Args:
     parser.add_argument("--seed", nargs="?", default=Args.seed)
     given, _ = parser.parse_known_args()
     path = find_checkpoint(given.resume or "", given.env_id, given.exp_name, given.seed)
-    defaults = saved_settings(path, read_checkpoint(path)) if path else Args()
-    args = tyro.cli(Args, prog=Path(__file__).name, description=__doc__, default=defaults)
+    options = {"prog": Path(__file__).name, "description": __doc__}
+    if path:
+        options["default"] = saved_settings(path, read_checkpoint(path))
+    args = tyro.cli(Args, **options)
     return replace(args, resume=str(path or ""))
 
 
@@ -1256,20 +1268,22 @@ def main(args: Args, stop: Stop | None = None):
     stop = stop or Stop()
     device = find_device(args.device)
     found = find_checkpoint(args.resume, args.env_id, args.exp_name, args.seed)
-    encoder = None
-    if args.pretrained_encoder and not found:
-        channels, encoder = read_encoder(args)
-        args = replace(args, channels=channels)
-    prepare_torch(args, device)
-    run_dir, _lock = open_run(args, found)
-    print(f"run folder: {run_dir}", flush=True)
     checkpoint = None
+    encoder = None
     position = Position()
     if found:
         checkpoint = read_checkpoint(found)
         check_changes(args, saved_settings(found, checkpoint), found)
         position = read_position(args, found, checkpoint)
+    elif args.pretrained_encoder:
+        channels, encoder = read_encoder(args)
+        args = replace(args, channels=channels)
     args = replace(args, resume="")
+    prepare_torch(args, device)
+    run_dir, _lock = open_run(args, found)
+    print(f"run folder: {run_dir}", flush=True)
+    if args.track:
+        track(args, run_dir)
 
     agents, optimizer, runners = set_up(args, run_dir, device, position.global_step, encoder)
     players, policies, gradient_step = speed_up(args, agents, optimizer, runners, device, run_dir)
@@ -1279,8 +1293,6 @@ def main(args: Args, stop: Stop | None = None):
     else:
         checkpoints.save(position)
     write_json(run_dir / "args.json", asdict(args))
-    if args.track:
-        track(args, run_dir)
 
     copy_weights(agents, players)
     first_step = position.global_step
