@@ -1,8 +1,9 @@
 """Draws curves over games and algorithms, and the aggregate of normalised scores, from runs or from a CSV.
 
-Reads TensorBoard's files and final_test.json in run folders {env_id}__{exp_name}__{seed}__{unix_time}, at any
-depth below the given ones, and CSV files that --csv wrote. exp_name is the algorithm. Of several runs of one
-game, algorithm and seed the newest counts. A pair of agents is one seed, its value the mean of the two.
+Reads TensorBoard's files, args.json and final_test.json in run folders
+{env_id}__{exp_name}__{seed}__{unix_time}, at any depth below the given ones and through links, and CSV files
+that --csv wrote. exp_name is the algorithm. Of several runs of one game, algorithm and seed the newest
+counts. Agents that learned together are one seed, its value their mean.
 
 Curves are linearly interpolated onto common steps. The line is the mean over seeds and the band their
 standard deviation (n - 1), up to the end of the shortest run; beyond it, dashed, the mean of those there are.
@@ -14,152 +15,326 @@ reached. Intervals are 95 % stratified bootstrap, by rliable (Agarwal et al. 202
     python benchmark/figures.py runs --algorithms ppo_procgen mdpo_procgen --csv curves.csv.gz
 """
 
-import contextlib
 import json
 import logging
+import math
 import re
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from command_line import check_folder, fail, parse_args, replacing
+from command_line import Range, check_folder, check_ranges, fail, replacing, run_tool
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-TRAIN, TEST = "charts/episodic_return", "charts/test_episodic_return"
-GAP, FINAL = "charts/generalization_gap", "final_test/full_distribution"
-RUN = r"(?P<game>.+?)__(?P<algorithm>.+)__(?P<seed>\d+)__(?P<time>\d+)"  # name of a run folder
-COLUMNS = {"run": str, "tag": str, "step": "int64", "value": "float64"}
+TRAIN = "charts/episodic_return"
+TEST = "charts/test_episodic_return"
+GAP = "charts/generalization_gap"
+FINAL = "final_test/full_distribution"
 AXES = {TRAIN: "training return", TEST: "test return", GAP: "generalization gap"}
-# fmt: off
-BOUNDS = {  # (min, max) return of each game, on hard and on easy levels
-    "bigfish": ((0, 40), (0, 40)),          "bossfight": ((0.5, 13), (0.5, 13)),
-    "caveflyer": ((2, 13.4), (3.5, 12)),    "chaser": ((0.5, 14.2), (0.5, 13)),
-    "climber": ((1, 12.6), (2, 12.6)),      "coinrun": ((5, 10), (5, 10)),
-    "dodgeball": ((1.5, 19), (1.5, 19)),    "fruitbot": ((-0.5, 27.2), (-1.5, 32.4)),
-    "heist": ((2, 10), (3.5, 10)),          "jumper": ((1, 10), (3, 10)),
-    "leaper": ((1.5, 10), (3, 10)),         "maze": ((4, 10), (5, 10)),
-    "miner": ((1.5, 20), (1.5, 13)),        "ninja": ((2, 10), (3.5, 10)),
-    "plunder": ((3, 30), (4.5, 30)),        "starpilot": ((1.5, 35), (2.5, 64)),
+
+RUN = r"(?P<game>.+?)__(?P<algorithm>.+)__(?P<seed>\d+)__(?P<time>\d+)"  # name of a run folder
+AGENT = r"agent_(?P<number>\d+)"  # name of a folder in it, where several agents learn together
+COLUMNS = {"run": str, "tag": str, "step": "int64", "value": "float64"}
+MOST_ALGORITHMS = 10  # whose colours can be told apart
+
+BOUNDS = {  # (min, max) return of each game, by distribution mode
+    "hard": {
+        "bigfish": (0, 40),
+        "bossfight": (0.5, 13),
+        "caveflyer": (2, 13.4),
+        "chaser": (0.5, 14.2),
+        "climber": (1, 12.6),
+        "coinrun": (5, 10),
+        "dodgeball": (1.5, 19),
+        "fruitbot": (-0.5, 27.2),
+        "heist": (2, 10),
+        "jumper": (1, 10),
+        "leaper": (1.5, 10),
+        "maze": (4, 10),
+        "miner": (1.5, 20),
+        "ninja": (2, 10),
+        "plunder": (3, 30),
+        "starpilot": (1.5, 35),
+    },
+    "easy": {
+        "bigfish": (0, 40),
+        "bossfight": (0.5, 13),
+        "caveflyer": (3.5, 12),
+        "chaser": (0.5, 13),
+        "climber": (2, 12.6),
+        "coinrun": (5, 10),
+        "dodgeball": (1.5, 19),
+        "fruitbot": (-1.5, 32.4),
+        "heist": (3.5, 10),
+        "jumper": (3, 10),
+        "leaper": (3, 10),
+        "maze": (5, 10),
+        "miner": (1.5, 13),
+        "ninja": (3.5, 10),
+        "plunder": (4.5, 30),
+        "starpilot": (2.5, 64),
+    },
 }
-# fmt: on
 
 
 @dataclass
 class Args:
-    paths: tyro.conf.Positional[tuple[Path, ...]] = ()  # folders with runs below them, or CSV files
-    algorithms: tuple[str, ...] = ()  # exp_names in the order of the legend; by default all, sorted
-    labels: tuple[str, ...] = ()  # their names in the figures, as many
-    games: tuple[str, ...] = ()  # by default all that there are
-    tags: tuple[str, ...] = (TRAIN, TEST, GAP)  # curves, a figure each
-    smooth: int = 1  # running mean over this many logged values, 1 for none
-    distribution_mode: Literal["hard", "easy"] = "hard"  # whose score bounds to use
-    bootstrap: int = 2000  # samples for the intervals
-    output: Path = Path("figures")  # folder for PDF, PNG and table.md
-    csv: Path | None = None  # write what was read to this .csv or .csv.gz: run, tag, step, value
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """folders with runs below them, or CSV files"""
+    algorithms: tuple[str, ...] = ()
+    """exp_names in the order of the legend; by default all, sorted"""
+    labels: tuple[str, ...] = ()
+    """their names in the figures, as many"""
+    games: tuple[str, ...] = ()
+    """by default all that there are"""
+    tags: tuple[str, ...] = (TRAIN, TEST, GAP)
+    """curves, a figure each"""
+    smooth: Annotated[int, Range(1, 10**6)] = 1
+    """running mean over this many logged values, 1 for none"""
+    distribution_mode: Literal["hard", "easy"] = "hard"
+    """whose score bounds to use"""
+    bootstrap: Annotated[int, Range(10, 10**6)] = 2000
+    """samples for the intervals"""
+    output: Path = Path("figures")
+    """folder for PDF, PNG and table.md"""
+    csv: Path | None = None
+    """write what was read to this .csv or .csv.gz: run, tag, step, value"""
 
     def __post_init__(self):
-        if not self.paths:
-            raise ValueError("PATHS needs one or more folders with runs, or CSV files")
-        if missing := [str(path) for path in self.paths if not path.exists()]:
-            raise ValueError(f"PATHS: there is no {', '.join(missing)}")
+        check_ranges(self)
+        check_paths(self.paths)
         if self.labels and len(self.labels) != len(self.algorithms):
             raise ValueError("--labels must be as many as --algorithms")
         if self.csv and self.csv.name in ("", ".."):
             raise ValueError(f"--csv must end in a file's name, not be {self.csv}")
-        for name, low in (("smooth", 1), ("bootstrap", 10)):
-            if not low <= getattr(self, name) <= 10**6:
-                raise ValueError(f"--{name} must be from {low} to 1000000, not {getattr(self, name)}")
 
 
-def read_folder(path: Path, args: Args, settings: dict) -> pd.DataFrame:
-    """The curves and final tests of all runs below path, which must have these settings. A file of events
-    that is cut short ends earlier. Runs of games and algorithms that are not asked for get an empty row."""
-    folders = sorted({file.parent for file in path.resolve().rglob("events.out.tfevents.*")})
-    runs = [(each, each.parent if each.name.startswith("agent_") else each) for each in folders]
-    runs = [(each, run, found) for each, run in runs if (found := re.fullmatch(RUN, run.name))]
-    rows = []
-    for folder, run, found in tqdm(runs, desc=f"reading {path}", disable=None):
-        name = str(folder.relative_to(run.parent))
-        chosen = ("game", args.games), ("algorithm", args.algorithms)
-        if any(names and found[column] not in names for column, names in chosen):
-            rows.append((name, "", 0, np.nan))
+def check_paths(paths: tuple[Path, ...]):
+    """Raises ValueError if there are none, or one of them is not there."""
+    if not paths:
+        raise ValueError("PATHS needs one or more folders with runs, or CSV files")
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise ValueError(f"PATHS: there is no {', '.join(missing)}")
+
+
+@dataclass
+class Curves:
+    """A folder with TensorBoard's files: that of a run, or of one of its agents."""
+
+    folder: Path
+    run: Path  # folder, or the one that it lies in
+    name: str  # of the run; of one of several agents NAME/agent_1
+    game: str
+    algorithm: str
+    agent: int  # its place in final_test.json, from 0
+
+
+def find_curves(path: Path) -> list[Curves]:
+    """All below path that belong to runs, sorted."""
+    found = []
+    for folder in find_event_folders(path):
+        agent = re.fullmatch(AGENT, folder.name)
+        run = folder.parent if agent else folder
+        # A link may have another name than its run, and "." has none.
+        match = re.fullmatch(RUN, run.name) or re.fullmatch(RUN, run.resolve().name)
+        if match is None:
             continue
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 1}).Reload()
-        if "hyperparameters/text_summary" in events.Tags()["tensors"]:
-            (event,) = events.Tensors("hyperparameters/text_summary")
-            text = event.tensor_proto.string_val[0].decode()
-            for key, needed in settings.items():
-                made = re.search(rf"\|{key}\|(.*)\|", text)
-                if made and made[1] != str(needed):
-                    flag = f"--{key.replace('_', '-')}"
-                    fail(f"PATHS: {folder} was made with {flag} {made[1]}, and {flag} {needed} is needed")
-        for tag in sorted({*args.tags, TEST} & {*events.Tags()["scalars"]}):
-            rows += [(name, tag, event.step, event.value) for event in events.Scalars(tag)]
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-            test = json.loads((run / "final_test.json").read_text())
-            for kind, each in test["agents"][int(folder.name[6:]) - 1 if folder != run else 0].items():
-                rows.append((name, f"final_test/{kind}", test["global_step"], each["mean"]))
+        name = match[0]
+        number = 1
+        if agent:
+            name += f"/{folder.name}"
+            number = int(agent["number"])
+        found.append(Curves(folder, run, name, match["game"], match["algorithm"], number - 1))
+    return found
+
+
+def find_event_folders(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """Those that have TensorBoard's files, at any depth. `above` are the folders on the way there, to which a
+    link may lead back."""
+    here = folder.resolve()
+    if here in above:
+        return []
+    try:
+        content = sorted(folder.iterdir())
+    except PermissionError:  # what is not the user's has none of the runs
+        return []
+    found = []
+    if any(each.name.startswith("events.out.tfevents.") for each in content):
+        found.append(folder)
+    for each in content:
+        if each.is_dir():
+            found += find_event_folders(each, (*above, here))
+    return found
+
+
+def read(args: Args, needed: dict) -> pd.DataFrame:
+    """All that is to be drawn, in long form: run, tag, step, value. Raises Failure for a run that was not
+    made with the needed settings, and for what is no such CSV."""
+    frames = []
+    for path in args.paths:
+        frame = read_folder(path, args, needed) if path.is_dir() else read_csv(path)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True).drop_duplicates()
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path)[list(COLUMNS)].astype(COLUMNS)
+    except Exception as error:  # pandas has many names for a file that is no such CSV
+        reason = str(error).splitlines()[0]
+        fail(f"{path} is not a CSV with the columns run, tag, step, value: {reason}")
+
+
+def read_folder(path: Path, args: Args, needed: dict) -> pd.DataFrame:
+    """The curves and final tests of all runs below path. A run that is not asked for gets one row without a
+    value, which tells `select` that it is there."""
+    rows = []
+    for curves in tqdm(find_curves(path), desc=f"reading {path}", disable=None):
+        other_game = args.games and curves.game not in args.games
+        other_algorithm = args.algorithms and curves.algorithm not in args.algorithms
+        if other_game or other_algorithm:
+            rows.append((curves.name, "", 0, np.nan))
+            continue
+        points = read_events(curves, {*args.tags, TEST})
+        if points:
+            check_settings(curves, needed)
+        rows += points
+        rows += read_final_test(curves)
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 
-def read(args: Args, settings: dict) -> pd.DataFrame:
-    """All that is to be drawn, in long form: run, tag, step, value. Run folders must have these settings."""
-    frames = []
-    for path in args.paths:
-        if path.is_dir():
-            frames.append(read_folder(path, args, settings))
-            continue
-        try:
-            frames.append(pd.read_csv(path)[list(COLUMNS)].astype(COLUMNS))
-        except Exception as error:  # pandas has many names for a file that is no such CSV
-            fail(f"{path} is not a CSV with the columns run, tag, step, value: {str(error).splitlines()[0]}")
-    return pd.concat(frames, ignore_index=True).drop_duplicates()
+def read_events(curves: Curves, tags: set[str]) -> list[tuple]:
+    """Rows of the tags. A file that is cut short ends earlier."""
+    rows = []
+    events = EventAccumulator(str(curves.folder), size_guidance={"scalars": 0}).Reload()
+    for tag in sorted(tags & set(events.Tags()["scalars"])):
+        for event in events.Scalars(tag):
+            rows.append((curves.name, tag, event.step, event.value))
+    return rows
+
+
+def read_final_test(curves: Curves) -> list[tuple]:
+    """Rows of the means in final_test.json; none if it is not there or damaged."""
+    rows = []
+    try:
+        content = json.loads((curves.run / "final_test.json").read_text())
+        step = int(content["global_step"])
+        for kind, result in content["agents"][curves.agent].items():
+            rows.append((curves.name, f"final_test/{kind}", step, float(result["mean"])))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+    return rows
+
+
+def check_settings(curves: Curves, needed: dict):
+    """Raises Failure if the run was made with others."""
+    settings = read_settings(curves)
+    for name, value in needed.items():
+        made_with = settings.get(name, value)
+        if made_with != value:
+            flag = "--" + name.replace("_", "-")
+            fail(f"PATHS: {curves.folder} was made with {flag} {made_with}, and {flag} {value} is needed")
+
+
+def read_settings(curves: Curves) -> dict:
+    """The scripts' flags. Runs of older versions have them with the agent or the checkpoint alone."""
+    places = [curves.run / "args.json", curves.folder / "agent.pt", curves.run / "checkpoint.pt"]
+    for path in places:
+        if path.exists():
+            return read_settings_file(path)
+    fail(f"PATHS: {curves.run} has no args.json, so its settings cannot be known: move it elsewhere")
+
+
+def read_settings_file(path: Path) -> dict:
+    try:
+        if path.suffix == ".json":
+            settings = json.loads(path.read_text())
+        else:
+            import torch  # takes seconds, and few need it
+
+            settings = torch.load(path, map_location="cpu", weights_only=True)["args"]
+        return dict(settings)
+    except Exception as error:  # torch has many names for a file that is no such file
+        reason = str(error).splitlines() or [type(error).__name__]
+        fail(f"PATHS: cannot read {path}: {reason[0]}")
 
 
 def select(data: pd.DataFrame, args: Args, of_algorithms: str = "--algorithms") -> pd.DataFrame:
     """The newest runs of the chosen games and algorithms, with the columns game, algorithm and seed.
-    `of_algorithms` is the flag of the command that chose these."""
-    pattern = rf"^{RUN}(?:/agent_\d+)?$"
-    data = data.join(data.run.str.extract(pattern).astype({"time": "float64"}))
-    data = data[data.game.isin(BOUNDS)]
-    chosen_by = ("--games", "game", args.games), (of_algorithms, "algorithm", args.algorithms)
-    for flag, column, chosen in chosen_by:
-        found = sorted(set(data[column]))
-        if unknown := set(chosen) - set(found):
-            names = ", ".join(found) or "none"
-            fail(f"{flag}: there are no runs of {', '.join(sorted(unknown))}, only of {names}")
-        data = data[data[column].isin(chosen or found)]
+    `of_algorithms` is the flag of the command that chose these. Raises Failure if there are none."""
+    parts = data.run.str.extract(rf"^{RUN}(?:/{AGENT})?$")
+    data = data.join(parts.drop(columns="number").astype({"time": "float64"}))
+    data = data[data.game.isin(BOUNDS["hard"])]
+    data = choose(data, "game", args.games, "--games")
+    data = choose(data, "algorithm", args.algorithms, of_algorithms)
     data = data.dropna()
     if data.empty:
         fail(f"PATHS: no runs with curves in {', '.join(map(str, args.paths))}")
     newest = data.groupby(["game", "algorithm", "seed"]).time.transform("max")
-    for run in sorted(set(data.run[data.time < newest].str.split("/").str[0])):
+    older = data.run[data.time < newest].str.split("/").str[0]
+    for run in sorted(set(older)):
         print(f"left out: {run}, since there is a newer run of this game, algorithm and seed")
     return data[data.time == newest]
+
+
+def choose(data: pd.DataFrame, column: str, chosen: tuple[str, ...], flag: str) -> pd.DataFrame:
+    """The rows that have one of the chosen in the column; all rows where none is chosen."""
+    found = sorted(set(data[column]))
+    unknown = sorted(set(chosen) - set(found))
+    if unknown:
+        names = ", ".join(found) or "none"
+        fail(f"{flag}: there are no runs of {', '.join(unknown)}, only of {names}")
+    if not chosen:
+        return data
+    return data[data[column].isin(chosen)]
 
 
 def print_missing(data: pd.DataFrame):
     """What an algorithm lacks that others have, and which of its runs are behind its longest."""
     last = data.groupby(["algorithm", "game", "seed"]).step.max()
-    for algorithm, game, seed in product(*(sorted(set(level)) for level in zip(*last.index))):
-        step, longest = last.get((algorithm, game, seed)), last[algorithm].max()
-        if step is None:
-            print(f"missing: {algorithm} on {game}, seed {seed}")
-        elif step < longest:
-            print(f"short: {algorithm} on {game}, seed {seed}, is at {step:,} of {longest:,} steps")
+    games = sorted(set(data.game))
+    seeds = sorted(set(data.seed))
+    for algorithm in sorted(set(data.algorithm)):
+        longest = last[algorithm].max()
+        for game in games:
+            for seed in seeds:
+                step = last.get((algorithm, game, seed))
+                if step is None:
+                    print(f"missing: {algorithm} on {game}, seed {seed}")
+                elif step < longest:
+                    reached = f"{step:,} of {longest:,} steps"
+                    print(f"short: {algorithm} on {game}, seed {seed}, is at {reached}")
 
 
 def label_of(exp_name: str) -> str:
     """ppo_procgen+wide, as benchmark/sweep.py names a variant, is "PPO, wide"; other names stay."""
     known = re.fullmatch(r"(\w+)_procgen(?:\+(.+))?", exp_name)
-    return ", ".join([known[1].upper(), *filter(None, [known[2]])]) if known else exp_name
+    if known is None:
+        return exp_name
+    label = known[1].upper()
+    if known[2]:
+        label += f", {known[2]}"
+    return label
+
+
+def name_algorithms(data: pd.DataFrame, args: Args) -> dict[str, str]:
+    """{exp_name: label} in the order of the legend. Raises Failure if they could not be told apart."""
+    names = args.algorithms or sorted(set(data.algorithm))
+    if len(names) > MOST_ALGORITHMS:
+        listed = ", ".join(names)
+        fail(f"--algorithms: at most {MOST_ALGORITHMS} can be told apart, not {listed}")
+    labels = args.labels or [label_of(name) for name in names]
+    if len(set(labels)) < len(names):
+        fail(f"--labels must differ from each other, not be {', '.join(labels)}")
+    return dict(zip(names, labels))
 
 
 def common_steps(rows: pd.DataFrame, smooth: int, points: int = 200) -> tuple[np.ndarray, pd.DataFrame]:
@@ -168,140 +343,218 @@ def common_steps(rows: pd.DataFrame, smooth: int, points: int = 200) -> tuple[np
     steps = np.linspace(rows.step.min(), rows.step.max(), points)
     seeds = {}
     for (seed, _), curve in rows.groupby(["seed", "run"]):
-        curve = curve.groupby("step").value.last().rolling(smooth, center=True, min_periods=1).mean()
-        seeds.setdefault(seed, []).append(np.interp(steps, curve.index, curve, left=np.nan, right=np.nan))
-    return steps, pd.DataFrame({seed: np.mean(agents, axis=0) for seed, agents in seeds.items()}).T
+        values = curve.groupby("step").value.last()
+        smoothed = values.rolling(smooth, center=True, min_periods=1).mean()
+        agent = np.interp(steps, smoothed.index, smoothed, left=np.nan, right=np.nan)
+        seeds.setdefault(seed, []).append(agent)
+    means = {seed: np.mean(agents, axis=0) for seed, agents in seeds.items()}
+    return steps, pd.DataFrame(means).T
 
 
 def draw_curves(data: pd.DataFrame, tag: str, labels: dict[str, str], args: Args):
-    """A panel for each game, a colour for each algorithm."""
-    games, handles = sorted(set(data.game)), {}
-    columns, num_rows = min(4, len(games)), -(-len(games) // 4)
-    size = (max(4.5, 2.6 * columns), 2.0 * num_rows + 1)
-    figure, axes = plt.subplots(num_rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis, game in zip(axes.flat, games):
-        for number, (algorithm, label) in enumerate(labels.items()):
-            rows = data[(data.game == game) & (data.algorithm == algorithm)]
-            if rows.empty:
-                continue
-            steps, values = common_steps(rows, args.smooth)
-            mean, std, whole = values.mean(), values.std(), values.notna().all()
-            style = {"color": f"C{number}", "marker": "." if len(set(steps)) == 1 else ""}
-            axis.plot(steps / 1e6, mean, "--", linewidth=0.8, **style)
-            mean = mean.where(whole)
-            handles[label] = axis.plot(steps / 1e6, mean, linewidth=1.4, **style)[0]
-            axis.fill_between(steps / 1e6, mean - std, mean + std, color=f"C{number}", alpha=0.2, linewidth=0)
+    """A figure of one tag, a panel for each game."""
+    rows_of_tag = data[data.tag == tag]
+    games = sorted(set(rows_of_tag.game))
+    columns = min(4, len(games))
+    rows = math.ceil(len(games) / columns)
+    size = (max(4.5, 2.6 * columns), 1 + 2.0 * rows)  # the legend needs 4.5
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for game, axis in zip(games, axes.flat):
         axis.set_title(game)
         axis.grid(alpha=0.3)
+        of_game = rows_of_tag[rows_of_tag.game == game]
+        for number, algorithm in enumerate(labels):
+            curves = of_game[of_game.algorithm == algorithm]
+            if len(curves) > 0:
+                draw_band(axis, curves, f"C{number}", labels[algorithm], args.smooth)
     for axis in axes.flat[len(games) :]:
         axis.remove()
     figure.supxlabel("environment steps of each agent (millions)", fontsize="medium")
     figure.supylabel(AXES.get(tag, tag), fontsize="medium")
-    handles = {label: handles[label] for label in labels.values() if label in handles}
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False)
-    save(figure, AXES.get(tag, tag).replace(" ", "_").replace("/", "_"), args)
+    add_legend(figure, list(labels.values()))
+    return figure
+
+
+def draw_band(axis, curves: pd.DataFrame, color: str, label: str, smooth: int):
+    """Mean and standard deviation over seeds, of one tag, game and algorithm."""
+    steps, values = common_steps(curves, smooth)
+    millions = steps / 1e6
+    mean = values.mean()
+    std = values.std()
+    until_the_first_ends = mean.where(values.notna().all())
+    marker = "." if len(set(steps)) == 1 else ""
+    axis.plot(millions, mean, "--", linewidth=0.8, color=color, marker=marker)
+    axis.plot(millions, until_the_first_ends, linewidth=1.4, color=color, marker=marker, label=label)
+    axis.fill_between(millions, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+
+
+def add_legend(figure, labels: list[str]):
+    """One for all panels, in the order of the labels, of those that are drawn in any."""
+    handles = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            handles[label] = handle
+    drawn = [label for label in labels if label in handles]
+    lines = [handles[label] for label in drawn]
+    figure.legend(lines, drawn, loc="outside upper center", ncols=4, frameon=False)
 
 
 def returns_of(data: pd.DataFrame, labels: dict[str, str]) -> tuple[dict, set]:
     """{label: {game: test returns (number of seeds,)}}, and the (label, game) not all of whose runs have a
     final test."""
-    table, unfinished = {label: {} for label in labels.values()}, set()
+    table = {label: {} for label in labels.values()}
+    unfinished = set()
     for (algorithm, game), rows in data.groupby(["algorithm", "game"]):
+        label = labels[algorithm]
         end = rows.groupby("run").step.transform("max")  # a test before that is of an earlier end
         tests = rows[(rows.tag == FINAL) & (rows.step == end)]
         if tests.run.nunique() < rows.run.nunique():
-            unfinished.add((labels[algorithm], game))
-            tests = rows[rows.tag == TEST].sort_values("step")
-            reached = tests.groupby("run").step.max().min()
-            tests = tests[tests.step <= reached].groupby("run").tail(1)
-        if len(tests):
-            table[labels[algorithm]][game] = tests.groupby("seed").value.mean().to_numpy()
+            unfinished.add((label, game))
+            tests = last_common_tests(rows)
+        if len(tests) > 0:
+            table[label][game] = tests.groupby("seed").value.mean().to_numpy()
     return table, unfinished
+
+
+def last_common_tests(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each run's last test on the way that is not beyond what all runs have reached."""
+    tests = rows[rows.tag == TEST].sort_values("step")
+    reached = tests.groupby("run").step.max().min()
+    return tests[tests.step <= reached].groupby("run").tail(1)
 
 
 def normalised_scores(returns: dict[str, dict[str, np.ndarray]], mode: str) -> dict[str, np.ndarray]:
     """{label: scores (number of seeds, number of games)} of the games that all have, and of as many seeds as
-    the game with the fewest has."""
-    games = sorted(set.intersection(*map(set, returns.values())))
-    if left_out := sorted(set().union(*returns.values()) - set(games)):
+    the game with the fewest has. Empty if no game is common to all."""
+    tested = [set(table) for table in returns.values()]
+    games = sorted(set.intersection(*tested))
+    left_out = sorted(set.union(*tested) - set(games))
+    if left_out:
         print(f"not in the aggregate, since an algorithm has no test there: {', '.join(left_out)}")
+    if not games:
+        return {}
+    bounds = np.array([BOUNDS[mode][game] for game in games])
+    low = bounds[:, 0]
+    high = bounds[:, 1]
     scores = {}
-    for label, table in returns.items() if games else ():
+    for label, table in returns.items():
         num_seeds = min(len(table[game]) for game in games)
-        if dropped := sum(len(table[game]) - num_seeds for game in games):
+        dropped = sum(len(table[game]) - num_seeds for game in games)
+        if dropped > 0:
             print(f"not in the aggregate, since a game has but {num_seeds} seeds: {dropped} runs of {label}")
         if num_seeds == 1:
             print(f"one seed of {label}: no spread, so its intervals mean nothing")
-        low, high = np.array([BOUNDS[game][mode == "easy"] for game in games]).T
-        scores[label] = (np.stack([table[game][:num_seeds] for game in games], axis=1) - low) / (high - low)
+        values = np.stack([table[game][:num_seeds] for game in games], axis=1)
+        scores[label] = (values - low) / (high - low)
     return scores
 
 
-def estimate(scores: dict[str, np.ndarray], samples: int) -> list[tuple[str, dict]]:
-    """For each metric its name and {label or pair: (estimate, low, high)}."""
-    pairs = {f"P({y} > {x})": (scores[y], scores[x]) for x, y in combinations(scores, 2)}
-    results = []
-    for name, function, values in (
-        ("interquartile mean", metrics.aggregate_iqm, scores),
-        ("optimality gap", metrics.aggregate_optimality_gap, scores),
-        ("probability of improvement", metrics.probability_of_improvement, pairs),
-    ):
-        np.random.seed(0)  # rliable draws from numpy's global generator, whatever random_state it is given
-        points, intervals = library.get_interval_estimates(values, function, reps=samples)
-        results.append((name, {key: (float(points[key]), *intervals[key][:, 0]) for key in values}))
-    return [each for each in results if each[1]]  # a single algorithm has no pairs
+@dataclass
+class Estimates:
+    """Of one metric: {label, or pair of labels: (estimate, low and high end of its 95 % interval)}."""
+
+    metric: str
+    values: dict[str, tuple[float, float, float]]
+    of_pairs: bool = False
 
 
-def draw_aggregate(estimates: list[tuple[str, dict]], args: Args):
-    """A panel for each metric: the estimate and its 95 % interval."""
-    size = (3.6 * len(estimates), 1.3 + 0.35 * max(len(values) for _, values in estimates))
+def estimate(scores: dict[str, np.ndarray], samples: int) -> list[Estimates]:
+    """The metrics of scores as `normalised_scores` gives them. A single algorithm has no pairs."""
+    if not scores:
+        return []
+    pairs = {}
+    for one, other in combinations(scores, 2):
+        pairs[f"P({other} > {one})"] = (scores[other], scores[one])
+    iqm = bootstrap(metrics.aggregate_iqm, scores, samples)
+    gap = bootstrap(metrics.aggregate_optimality_gap, scores, samples)
+    results = [Estimates("interquartile mean", iqm), Estimates("optimality gap", gap)]
+    if pairs:
+        improvement = bootstrap(metrics.probability_of_improvement, pairs, samples)
+        results.append(Estimates("probability of improvement", improvement, of_pairs=True))
+    return results
+
+
+def bootstrap(metric, scores: dict, samples: int) -> dict[str, tuple[float, float, float]]:
+    """The values of Estimates."""
+    np.random.seed(0)  # rliable draws from numpy's global generator, whatever random_state it is given
+    points, intervals = library.get_interval_estimates(scores, metric, reps=samples)
+    values = {}
+    for key, point in points.items():
+        low, high = intervals[key][:, 0]
+        values[key] = (float(point), low, high)
+    return values
+
+
+def draw_aggregate(estimates: list[Estimates]):
+    """A figure with a panel for each metric: the estimates and their 95 % intervals."""
+    most = max(len(each.values) for each in estimates)
+    size = (3.6 * len(estimates), 1.3 + 0.35 * most)
     figure, axes = plt.subplots(1, len(estimates), figsize=size, layout="constrained")
-    for axis, (metric, values) in zip(axes, estimates):
-        of_pairs = metric == "probability of improvement"
-        for row, (point, low, high) in enumerate(values.values()):
-            color = "0.3" if of_pairs else f"C{row}"
+    for axis, each in zip(axes, estimates):
+        for row, (point, low, high) in enumerate(each.values.values()):
+            color = "0.3" if each.of_pairs else f"C{row}"
             axis.plot([low, high], [row, row], color=color, linewidth=9, alpha=0.4, solid_capstyle="butt")
             axis.plot(point, row, "|", color=color, markersize=12, markeredgewidth=2)
-        axis.set_yticks(range(len(values)), values)
-        axis.set_ylim(len(values) - 0.5, -0.5)
+        axis.set_yticks(range(len(each.values)), each.values)
+        axis.set_ylim(len(each.values) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
-        axis.set_title(metric)
-        axis.set_xlabel("probability" if of_pairs else "normalised test score")
-        if of_pairs:
+        axis.set_title(each.metric)
+        axis.set_xlabel("normalised test score")
+        if each.of_pairs:
+            axis.set_xlabel("probability")
             axis.axvline(0.5, color="0.6", linestyle="--", linewidth=1)
             axis.set_xlim(-0.04, 1.04)
-    save(figure, "aggregate", args)
+    return figure
 
 
 def save(figure, name: str, args: Args):
+    """Writes NAME.pdf and NAME.png to --output, and closes the figure."""
     for suffix in ("pdf", "png"):
         with replacing("--output", args.output / f"{name}.{suffix}") as path:
             figure.savefig(path, dpi=200)
     plt.close(figure)
 
 
-def make_table(returns: dict, unfinished: set, estimates: list[tuple[str, dict]], mode: str) -> str:
+def make_table(returns: dict, unfinished: set, estimates: list[Estimates], mode: str) -> str:
     """Markdown: the test return by game and algorithm, and the metrics of the normalised scores."""
     rows = [["test return", *returns], ["---"] * (len(returns) + 1)]
     for game in sorted(set().union(*returns.values())):
-        rows.append([game])
+        row = [game]
         for label, table in returns.items():
-            values, mark = table.get(game, ()), " †" * ((label, game) in unfinished)
-            spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
-            rows[-1] += [f"{values.mean():.2f}{spread} ({len(values)}){mark}" if len(values) else "missing"]
-    for metric, values in estimates[:2]:
-        rows.append([metric, *("{:.3f} [{:.3f}, {:.3f}]".format(*each) for each in values.values())])
-    lines = [f"| {' | '.join(row)} |" for row in rows] + [""]
-    lines += ["Mean ± standard deviation over seeds (number of seeds) of the final test on the full"]
-    lines += ["distribution. A pair of agents is one seed, its return the mean of the two."]
+            cell = make_cell(table[game]) if game in table else "missing"
+            if (label, game) in unfinished and game in table:
+                cell += " †"
+            row.append(cell)
+        rows.append(row)
+    pairs = []
+    for each in estimates:
+        if each.of_pairs:
+            pairs.append(each)
+        else:
+            cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*values) for values in each.values.values()]
+            rows.append([each.metric, *cells])
+
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.append("")
+    lines.append("Mean ± standard deviation over seeds (number of seeds) of the final test on the full")
+    lines.append("distribution. Agents that learned together are one seed, its return their mean.")
     if unfinished:
-        lines += ["†: not all have a final test; this is the last test that all of them have reached."]
+        lines.append("†: not all have a final test; this is the last test that all of them have reached.")
     if estimates:
-        lines += [f"Scores: normalised for {mode} levels; in brackets 95 % stratified bootstrap intervals."]
-    for _, pairs in estimates[2:]:
-        for name, each in pairs.items():
-            lines += ["", "{} = {:.2f} [{:.2f}, {:.2f}]".format(name, *each)]
+        intervals = "in brackets 95 % stratified bootstrap intervals"
+        lines.append(f"Scores: normalised for {mode} levels; {intervals}.")
+    for each in pairs:
+        for name, values in each.values.items():
+            lines.append("")
+            lines.append("{} = {:.2f} [{:.2f}, {:.2f}]".format(name, *values))
     return "\n".join(lines) + "\n"
+
+
+def make_cell(values: np.ndarray) -> str:
+    cell = f"{values.mean():.2f}"
+    if len(values) > 1:
+        cell += f" ± {values.std(ddof=1):.2f}"
+    return f"{cell} ({len(values)})"
 
 
 def main(args: Args):
@@ -310,39 +563,40 @@ def main(args: Args):
         check_folder("--csv", args.csv.parent)
     everything = read(args, {"distribution_mode": args.distribution_mode})
     data = select(everything, args)
-    names = args.algorithms or sorted(set(data.algorithm))
-    if len(names) > 10:
-        fail(f"--algorithms: ten at most can be told apart, not {', '.join(names)}")
-    labels = dict(zip(names, args.labels or map(label_of, names)))
-    if len(set(labels.values())) < len(names):
-        fail(f"--labels must differ from each other, not be {', '.join(labels.values())}")
+    labels = name_algorithms(data, args)
     print_missing(data)
     if args.csv:
         with replacing("--csv", args.csv) as path:
             everything.dropna().to_csv(path, index=False, float_format="%.7g")
+
     for tag in args.tags:
         if (data.tag == tag).any():
-            draw_curves(data[data.tag == tag], tag, labels, args)
+            name = AXES.get(tag, tag).replace(" ", "_").replace("/", "_")
+            save(draw_curves(data, tag, labels, args), name, args)
         else:
             print(f"missing: {tag}, in all runs")
     returns, unfinished = returns_of(data, labels)
-    estimates = estimate(normalised_scores(returns, args.distribution_mode), args.bootstrap)
+    scores = normalised_scores(returns, args.distribution_mode)
+    estimates = estimate(scores, args.bootstrap)
     if estimates:
-        draw_aggregate(estimates, args)
+        save(draw_aggregate(estimates), "aggregate", args)
+
     table = make_table(returns, unfinished, estimates, args.distribution_mode)
     with replacing("--output", args.output / "table.md") as path:
         path.write_text(table)
-    print(table, f"figures: {args.output}", sep="\n")
+    print(table)
+    print(f"figures: {args.output}")
+
+
+def set_style():
+    plt.switch_backend("agg")  # no display is needed
+    plt.style.use("petroff10")  # ten colours that the colour-blind can tell apart
+    plt.rcParams["font.size"] = 9
+    plt.rcParams["axes.titlesize"] = 10
+    plt.rcParams["pdf.fonttype"] = 42  # text stays text in the PDF
 
 
 if __name__ == "__main__":
-    plt.switch_backend("agg")  # no display is needed
-    plt.style.use("petroff10")  # ten colours that the colour-blind can tell apart
-    plt.rcParams.update(
-        {"font.size": 9, "axes.titlesize": 10, "pdf.fonttype": 42}
-    )  # text stays text in the PDF
+    set_style()
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports what resumed runs leave behind
-    try:
-        main(parse_args(Args, __doc__))
-    except OSError as error:
-        fail(f"{error.filename or 'PATHS'}: {error.strerror or error}")
+    run_tool(main, Args, __doc__)

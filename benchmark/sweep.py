@@ -25,14 +25,16 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from glob import glob
-from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from command_line import check_folder, fail, parse_args
+import tyro
+from command_line import Range, check_folder, check_ranges, fail, run_tool
 from procgen.env import ENV_NAMES
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its authors
@@ -40,47 +42,75 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let everything el
 import ray
 
 ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "benchmark" / "launch.py"
+PROGRESS = "charts/SPS"  # a curve that gets a point in each iteration
+TEN_DIGITS = 10 * "[0-9]"  # for glob: the time in a run folder's name
+
 # These do not change what a finished run has learned; any other flag that differs makes it another run.
-INDIFFERENT = "total_timesteps eval_interval final_eval_episodes checkpoint_interval resume device".split()
-INDIFFERENT += "num_env_threads bf16 compile cudagraphs torch_deterministic".split()
-INDIFFERENT += "track wandb_project_name wandb_entity".split()
-SET_HERE = {"--env-id", "--seed", "--exp-name", "--resume"}
-# A process that asks the kernel to be killed with its parent, and then becomes Python with other arguments.
-LAUNCH = "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"  # PR_SET_PDEATHSIG
-LAUNCH += "os.getppid() == int(sys.argv[1]) or sys.exit('its parent has ended')\n"
-LAUNCH += "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+INDIFFERENT = [
+    "total_timesteps",
+    "eval_interval",
+    "final_eval_episodes",
+    "checkpoint_interval",
+    "resume",
+    "device",
+    "num_env_threads",
+    "bf16",
+    "compile",
+    "cudagraphs",
+    "torch_deterministic",
+    "track",
+    "wandb_project_name",
+    "wandb_entity",
+]
+SET_HERE = ["--env-id", "--seed", "--exp-name", "--resume"]
+
+Cores = Annotated[int, Range(1, 1000)]
+Retries = Annotated[int, Range(0, 1000)]
+Speed = Annotated[float, Range(1e-3, 1e9)]
 
 
 @dataclass
 class Args:
-    algorithms: tuple[Literal["ppo", "spo", "mdpo", "mdspo"], ...] = ("ppo", "mdpo")  # scripts to run
-    games: tuple[str, ...] = tuple(ENV_NAMES)  # any of the 16
-    seeds: tuple[int, ...] = (1, 2, 3)  # of everything random in a run
-    variants: tuple[str, ...] = ("",)  # each NAME="FLAGS OF THE SCRIPT", or "" for the script as it is
-    output: Path = Path(".")  # folder that gets runs/, and in it the logs of the runs in runs/logs/
-    cpus: int = 2  # cores for each run
-    gpus: float | None = None  # GPUs for each run, may be a fraction; by default 1 if there are any
-    address: str = "local"  # HOST:PORT of a Ray cluster, auto for that of this machine, local for a new one
-    retries: int = 3  # how often a run goes on whose process or node died
-    steps_per_second: tuple[float, float] = (3200.0, 800.0)
+    algorithms: tuple[Literal["ppo", "spo", "mdpo", "mdspo"], ...] = ("ppo", "mdpo")
+    """scripts to run"""
+    games: tuple[str, ...] = tuple(ENV_NAMES)
+    """any of the 16"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """of everything random in a run"""
+    variants: tuple[str, ...] = ("",)
+    """each NAME="FLAGS OF THE SCRIPT", or "" for the script as it is"""
+    output: Path = Path(".")
+    """folder that gets runs/, and in it the logs of the runs in runs/logs/"""
+    cpus: Cores = 2
+    """cores for each run"""
+    gpus: Annotated[float | None, Range(0, 1000)] = None
+    """GPUs for each run, may be a fraction; by default 1 if there are any"""
+    address: str = "local"
+    """HOST:PORT of a Ray cluster, auto for that of this machine, local for a new one"""
+    retries: Retries = 3
+    """how often a run goes on whose process or node died"""
+    steps_per_second: tuple[Speed, Speed] = (3200.0, 800.0)
     """for the estimate, of a single agent and of each agent of a pair; the default is an assumption"""
-    dry_run: bool = False  # print the plan and stop
+    dry_run: bool = False
+    """print the plan and stop"""
 
     def __post_init__(self):
+        check_ranges(self)
         for name in ("algorithms", "games", "seeds", "variants"):
-            if not 0 < len(getattr(self, name)) == len(set(getattr(self, name))):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
                 raise ValueError(f"--{name} needs one or more different values")
-        for name, low in (("cpus", 1), ("retries", 0)):
-            if not low <= getattr(self, name) <= 1000:
-                raise ValueError(f"--{name} must be from {low} to 1000, not {getattr(self, name)}")
-        if not (0 <= (self.gpus or 0) <= 1 or self.gpus in range(1000)):
+        for game in self.games:
+            if game not in ENV_NAMES:
+                raise ValueError(f"--games must be of {', '.join(ENV_NAMES)}, not {game}")
+        if self.gpus is not None and self.gpus > 1 and self.gpus % 1 > 0:
             raise ValueError(f"--gpus must be a fraction or a whole number, not {self.gpus}")
         if not re.fullmatch(r"local|auto|[\w.-]+:\d+", self.address):
             raise ValueError(f"--address must be HOST:PORT, auto or local, not {self.address}")
-        if not all(0 < speed < float("inf") for speed in self.steps_per_second):
-            raise ValueError("--steps-per-second must be two numbers above 0")
-        if wrong := [each for each in self.variants if not re.fullmatch(r"|[\w.+-]+=.*", each)]:
-            raise ValueError(f"--variants must each be NAME=FLAGS or empty, not {wrong[0]}")
+        for variant in self.variants:
+            if not re.fullmatch(r"|[\w.+-]+=.*", variant):
+                raise ValueError(f"--variants must each be NAME=FLAGS or empty, not {variant}")
 
 
 @dataclass
@@ -92,92 +122,143 @@ class Run:
     state: str  # new, interrupted or finished
 
 
-def make_plan(args: Args, extra: list[str]) -> list[Run]:
-    """All runs with their states. `extra` are flags for every script."""
-    runs = []
+def make_plan(args: Args, script_flags: list[str]) -> list[Run]:
+    """All runs with their states. Raises Failure or SystemExit if one of them cannot be."""
     sys.path.insert(0, str(ROOT))
-    for variant, game, algorithm, seed in product(args.variants, args.games, args.algorithms, args.seeds):
+    runs = []
+    for variant in args.variants:
         label, _, flags = variant.partition("=")
-        flags = " ".join([*extra, flags]).replace("{game}", game).replace("{seed}", str(seed))
-        for path in [word for word in flags.split() if "*" in word]:
-            newest = max(glob(path, root_dir=args.output), default=path)
-            flags = flags.replace(path, str(args.output / newest))
-        words = ["--num-env-threads", str(args.cpus), *flags.split()]
-        if own := SET_HERE & {re.split("[= ]", word)[0].replace("_", "-") for word in words}:
-            fail(f"{min(own)} is not for the flags of the scripts, since the sweep sets it")
-        script = f"{algorithm}_procgen"
-        exp_name = f"{script}+{label}" if label else script
-        words += ["--env-id", game, "--exp-name", exp_name, "--seed", str(seed)]
-        args_class = importlib.import_module(script).Args
-        settings = asdict(parse_args(args_class, __doc__, words, f"{script}.py: "))
-        settings = json.loads(json.dumps(settings))  # as final_test.json has them
-        if not settings["eval_interval"]:
-            fail("--eval-interval 0 is not for a sweep, which knows finished runs by their final test")
-        steps = settings["total_timesteps"]
-        steps -= steps % (settings["num_envs"] * settings["num_steps"])
-        hours = steps / args.steps_per_second[algorithm.startswith("md")] / 3600
-        command = [str(ROOT / f"{script}.py"), *words, "--resume", "auto"]
-        name = f"{game}__{exp_name}__{seed}"
-        state, encoder = find_state(name, settings, steps, args.output), settings["pretrained_encoder"]
-        # What is left of * may fit a run that is still to come.
-        if encoder and state == "new" and "*" not in encoder and not (args.output / encoder).is_file():
-            fail(f"--pretrained-encoder: there is no {encoder}, for {name}")
-        runs.append(Run(name, command, steps, hours, state))
+        words = [*script_flags, *flags.split()]
+        for game in args.games:
+            for algorithm in args.algorithms:
+                for seed in args.seeds:
+                    runs.append(plan_run(args, algorithm, game, seed, label, words))
     return runs
 
 
-def find_state(run_name: str, settings: dict, steps: int, output: Path) -> str:
-    """new, interrupted or finished; the end of the process if what is finished had other settings."""
-    states, indifferent = {"new"}, [*INDIFFERENT, *["channels"] * bool(settings["pretrained_encoder"])]
-    for folder in (output / "runs").glob(f"{run_name}__{'[0-9]' * 10}"):
-        if (folder / "checkpoint.pt").exists():
-            states.add("interrupted")
-        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
-            content = json.loads((folder / "final_test.json").read_text())
-            for name, value in content["args"].items():
-                if name not in indifferent and settings.get(name, value) != value:
-                    made = f"{folder} was made with --{name.replace('_', '-')} {value}"
-                    fail(f"{made}, not {settings[name]}: take --variants NAME=FLAGS or another --output")
-            if content["global_step"] >= steps:
-                states.add("finished")
-    return min(states, key="finished interrupted new".split().index)
+def plan_run(args: Args, algorithm: str, game: str, seed: int, label: str, flags: list[str]) -> Run:
+    """A run with its state. The flags are those of the script."""
+    flags = [fill_in(word, game, seed, args.output) for word in flags]
+    for word in flags:
+        flag = word.split("=")[0].replace("_", "-")
+        if flag in SET_HERE:
+            fail(f"{flag} is not for the flags of the scripts, since the sweep sets it")
+    script = f"{algorithm}_procgen"
+    exp_name = f"{script}+{label}" if label else script
+    words = ["--num-env-threads", str(args.cpus), *flags]
+    words += ["--env-id", game, "--exp-name", exp_name, "--seed", str(seed)]
+    settings, defaults = read_flags(script, words)
+    if settings["eval_interval"] == 0:
+        fail("--eval-interval 0 is not for a sweep, which knows finished runs by their final test")
+
+    batch_size = settings["num_envs"] * settings["num_steps"]
+    steps = settings["total_timesteps"] // batch_size * batch_size
+    hours = steps / speed_of(settings, args) / 3600
+    name = f"{game}__{exp_name}__{seed}"
+    state = find_state(name, settings, defaults, steps, args.output)
+    encoder = settings["pretrained_encoder"]
+    may_come = "*" in encoder  # it fits no run yet, but perhaps one that is still to be trained
+    if state == "new" and encoder and not may_come and not (args.output / encoder).is_file():
+        fail(f"--pretrained-encoder: there is no {encoder}, for {name}")
+    command = [str(ROOT / f"{script}.py"), *words, "--resume", "auto"]
+    return Run(name, command, steps, hours, state)
 
 
-def print_plan(runs: list[Run], todo: list[Run], args: Args):
+def fill_in(word: str, game: str, seed: int, output: Path) -> str:
+    """A script's flag or value without placeholders; * stays where no path fits."""
+    word = word.replace("{game}", game).replace("{seed}", str(seed))
+    if "*" not in word:
+        return word
+    fitting = glob(word, root_dir=output)
+    newest = max(fitting, default=word)
+    return str(output / newest)
+
+
+def read_flags(script: str, words: list[str]) -> tuple[dict, dict]:
+    """All settings of a script, and its defaults, as its files have them. Raises SystemExit for words that it
+    does not take, of which tyro has told then."""
+    module = importlib.import_module(script)
+    args = tyro.cli(module.Args, prog=f"{script}.py", description=module.__doc__, args=words)
+    defaults = {field.name: field.default for field in fields(module.Args)}
+    return as_json(asdict(args)), as_json(defaults)
+
+
+def as_json(settings: dict) -> dict:
+    """As they come back from a file: tuples are lists."""
+    return json.loads(json.dumps(settings))
+
+
+def speed_of(settings: dict, args: Args) -> float:
+    """Assumed steps a second of each agent."""
+    single, of_a_pair = args.steps_per_second
+    num_agents = settings.get("num_agents")
+    if num_agents is None:
+        return single
+    return of_a_pair * 4 / num_agents**2  # each learns from the minibatches of all
+
+
+def find_state(run_name: str, settings: dict, defaults: dict, steps: int, output: Path) -> str:
+    """new, interrupted or finished. Raises Failure if what there is was made with other settings."""
+    state = "new"
+    for folder in (output / "runs").glob(f"{run_name}__{TEN_DIGITS}"):
+        final_test = read_object(folder / "final_test.json")
+        made_with = read_object(folder / "args.json") or final_test.get("args")
+        if made_with:
+            check_settings(folder, defaults | made_with, settings)
+        if final_test.get("global_step", 0) >= steps:
+            state = "finished"
+        elif state == "new" and (folder / "checkpoint.pt").exists():
+            state = "interrupted"
+    return state
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file; empty if it is not there or damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def check_settings(folder: Path, made_with: dict, settings: dict):
+    """Raises Failure if a setting that matters differs."""
+    indifferent = list(INDIFFERENT)
+    if settings["pretrained_encoder"]:
+        indifferent.append("channels")  # are the encoder's
+    for name, value in settings.items():
+        before = made_with.get(name, value)
+        if before != value and name not in indifferent:
+            flag = "--" + name.replace("_", "-")
+            way_out = "take --variants NAME=FLAGS or another --output"
+            fail(f"{folder} was made with {flag} {before}, not {value}: {way_out}")
+
+
+def print_plan(runs: list[Run], args: Args):
     width = max(len(run.name) for run in runs)
     print(f"{'run':{width}}  {'state':11}  {'million steps':>13}  {'hours':>7}")
     for run in runs:
         print(f"{run.name:{width}}  {run.state:11}  {run.steps / 1e6:13,.2f}  {run.hours:7.2f}")
     states = [run.state for run in runs]
-    hours, single, pair = sum(run.hours for run in todo), *args.steps_per_second
-    print(", ".join(f"{states.count(state)} {state}" for state in ("finished", "interrupted", "new")))
-    gpus = f" and {args.gpus:g} GPUs: {hours * args.gpus:,.1f} GPU hours" if args.gpus else ""
-    print(f"to do: at most {hours:,.1f} hours of runs, each on {args.cpus} cores{gpus}")
+    counts = [f"{states.count(state)} {state}" for state in ("finished", "interrupted", "new")]
+    print(", ".join(counts))
+    hours = sum(run.hours for run in runs if run.state != "finished")
+    cost = f"to do: at most {hours:,.1f} hours of runs, each on {args.cpus} cores"
+    if args.gpus:
+        cost += f" and {args.gpus:g} GPUs: {hours * args.gpus:,.1f} GPU hours"
+    print(cost)
+    single, pair = args.steps_per_second
     print(f"assumed: {single:,g} steps a second for a single agent, {pair:,g} for each agent of a pair,")
     print("whatever the settings; read charts/SPS of a run here and give --steps-per-second", flush=True)
-
-
-def last_line(log: Path, start: int = 0) -> str:
-    """The last line of a log that is not blank; nothing of what was written before the byte `start`."""
-    with contextlib.suppress(OSError), log.open("rb") as file:
-        file.seek(max(start, log.stat().st_size - 2000))
-        return re.split(r"[\r\n]+", file.read().decode(errors="replace").strip())[-1].strip()
-    return ""
 
 
 def train(run: Run, output: Path, log: Path) -> tuple[int, str]:
     """A Ray task: runs the script to its end. Returns its exit status and its last line. Raises
     ChildProcessError, upon which Ray tries again, if a signal killed it."""
     with log.open("ab") as file:
-        # The process inherits the lock, so that no second one begins before it ends, wherever that is.
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(1)
+        lock(file)
         file.write(f"\nstarted on {socket.gethostname()}: {shlex.join(run.command)}\n".encode())
         file.flush()
-        command = [sys.executable, "-c", LAUNCH, str(os.getpid()), *run.command]
+        command = [sys.executable, str(LAUNCH), str(os.getpid()), *run.command]
         process = subprocess.Popen(command, cwd=output, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     try:
         while process.poll() is None:
@@ -191,96 +272,232 @@ def train(run: Run, output: Path, log: Path) -> tuple[int, str]:
     return process.returncode, last_line(log)
 
 
+def lock(file):
+    """Waits until no other process has the file locked. The script inherits the lock, so that no second one
+    begins before it ends, wherever that is."""
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(1)  # a wait without end in the kernel could not be cancelled
+
+
+def last_line(log: Path, start: int = 0) -> str:
+    """The last line of a log that is not blank; nothing of what was written before the byte `start`."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(start, log.stat().st_size - 2000))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return re.split(r"[\r\n]+", text.strip())[-1].strip()
+
+
 def start_ray(args: Args) -> float:
-    """Joins or makes the cluster. Returns the GPUs for each run."""
-    local = {"include_dashboard": False, "object_store_memory": 10**8} if args.address == "local" else {}
+    """Joins or makes the cluster. Returns the GPUs for each run. Raises Failure if no machine has enough."""
+    options = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if args.address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": 10**8}
     try:
         if ":" in args.address:  # Ray tries for minutes
             socket.create_connection(args.address.split(":"), timeout=5).close()
-        ray.init(address=args.address, log_to_driver=False, logging_level=logging.CRITICAL, **local)
+        ray.init(address=args.address, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        fail(f"--address {args.address}: {' '.join(str(error).split())}")
+        reason = " ".join(str(error).split())
+        fail(f"--address {args.address}: {reason}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = {kind: max(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
-    gpus = min(1, most["GPU"]) if args.gpus is None else args.gpus
-    for flag, asked, found in (("--cpus", args.cpus, most["CPU"]), ("--gpus", gpus, most["GPU"])):
-        if asked > found:
-            fail(f"{flag} {asked:g} is more than any machine has: at most {found:g}")
+    most_cpus = max(node.get("CPU", 0) for node in nodes)
+    most_gpus = max(node.get("GPU", 0) for node in nodes)
+    gpus = min(1, most_gpus) if args.gpus is None else args.gpus
+    if args.cpus > most_cpus:
+        fail(f"--cpus {args.cpus} is more than any machine has: at most {most_cpus:g}")
+    if gpus > most_gpus:
+        fail(f"--gpus {gpus:g} is more than any machine has: at most {most_gpus:g}")
     return gpus
 
 
-def run_all(runs: list[Run], args: Args, gpus: float, signals: list[int]) -> dict[str, str]:
-    """Trains, with a line for each run at work and a bar for all. Returns {run: why it did not finish}."""
-    paths = {run.name: args.output / "runs" / "logs" / f"{run.name}.log" for run in runs}
-    paths[runs[0].name].parent.mkdir(parents=True, exist_ok=True)
-    options = {"max_retries": args.retries, "retry_exceptions": [ChildProcessError]}
-    task = ray.remote(num_cpus=args.cpus, num_gpus=gpus, **options)(train)
-    starts = {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
-    waiting = {task.options(name=run.name).remote(run, args.output, paths[run.name]): run for run in runs}
-    lines, failed, cancelled, tty = {}, {}, False, sys.stderr.isatty()
-    bar_format = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]" + "\n" * (not tty)
-    bar = tqdm(total=len(runs), desc="starting", bar_format=bar_format, mininterval=0.1 if tty else 60)
-    say = bar.write if tty else print
-    while waiting:
-        for ref in ray.wait(list(waiting), num_returns=len(waiting), timeout=1)[0]:
-            run = waiting.pop(ref)
-            try:
-                status, message = ray.get(ref)
-                reason = f"exit status {status}: {message}" if status else ""
-            except ray.exceptions.RayError as error:
-                reason = "stopped" if signals else str(error).strip().splitlines()[-1]
-            failed |= {run.name: reason} if reason else {}
-            if run.name in lines:
-                lines.pop(run.name).close()
-            say(f"{run.name}: {reason or message}", file=sys.stderr)
-        for run in waiting.values():
-            text = last_line(paths[run.name], starts[run.name])
-            if text and run.name not in lines:
-                lines[run.name] = tqdm(bar_format="{desc}", leave=False, disable=not tty)
-                say(f"{run.name}: {text.partition(': ')[0]}", file=sys.stderr)
-            if text:
-                lines[run.name].set_description_str(f"  {run.name}: {text}")
-                lines[run.name].fraction = int((re.findall(r"(\d+)%", text) or ["0"])[-1]) / 100
-        finished = len(runs) - len(waiting) - len(failed)
-        counts = f"{finished} finished, {len(lines)} running, {len(waiting) - len(lines)} waiting"
-        bar.set_description_str(f"{counts}, {len(failed)} not finished", refresh=False)
-        bar.update(finished + sum(line.fraction for line in lines.values()) - bar.n)
-        if signals and not cancelled:
-            cancelled = [ray.cancel(ref) for ref in waiting]
-    bar.close()
-    return failed
+class Stop:
+    """Whether the sweep is to end: at the first SIGINT or SIGTERM. A second one kills it."""
 
+    def __init__(self):
+        self.signal_number = 0
+        signal.signal(signal.SIGINT, self.handle)
+        signal.signal(signal.SIGTERM, self.handle)
 
-def main(args: Args, extra: list[str]):
-    args.output = args.output.resolve()
-    runs = make_plan(args, extra)
-    todo = [run for run in runs if run.state != "finished"]
-    if todo:
-        check_folder("--output", args.output)
-    print_plan(runs, todo, args)
-    if args.dry_run or not todo:
-        return
-    gpus = start_ray(args)
-    signals = []
-
-    def catch(signum, frame):
-        signals.append(signum)
+    def handle(self, signal_number: int, frame):
+        self.signal_number = signal_number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print("\nstopping: each run finishes its iteration; once more stops at once", file=sys.stderr)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, catch)
-    failed = run_all(todo, args, gpus, signals)
+
+class Watched:
+    """A run as seen from here: the last words in its log, and how far its curves on disk go."""
+
+    def __init__(self, run: Run, output: Path):
+        self.name = run.name
+        self.steps = run.steps
+        self.runs_folder = output / "runs"
+        self.log = self.runs_folder / "logs" / f"{run.name}.log"
+        self.start = self.log.stat().st_size if self.log.exists() else 0
+        self.curves_folder = None
+        self.curves = None
+
+    def last_words(self) -> str:
+        """Empty before it has begun."""
+        return last_line(self.log, self.start)
+
+    def fraction_done(self) -> float:
+        """Of its steps, up to some minutes ago: that is when TensorBoard's files were last written."""
+        folder = self.find_curves()
+        if folder is None:
+            return 0.0
+        if folder != self.curves_folder:
+            self.curves_folder = folder
+            # Where a run goes on from its checkpoint, steps go back; the last point counts.
+            self.curves = EventAccumulator(
+                str(folder), size_guidance={"scalars": 1}, purge_orphaned_data=False
+            )
+        try:
+            self.curves.Reload()
+            newest = self.curves.Scalars(PROGRESS)[-1]
+        except Exception:  # there is none yet, or it cannot be read: no reason to end a sweep
+            return 0.0
+        return min(1.0, newest.step / self.steps)
+
+    def find_curves(self) -> Path | None:
+        """The newest run folder, or the first agent's in it: all agents are equally far."""
+        folders = sorted(self.runs_folder.glob(f"{self.name}__{TEN_DIGITS}"))
+        if not folders:
+            return None
+        first_agent = folders[-1] / "agent_1"
+        return first_agent if first_agent.is_dir() else folders[-1]
+
+
+class Display:
+    """A bar for all runs and, in a terminal, a line for each run at work; elsewhere a line a minute."""
+
+    def __init__(self, num_runs: int):
+        self.num_runs = num_runs
+        self.terminal = sys.stderr.isatty()
+        bar_format = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
+        if not self.terminal:
+            bar_format += "\n"
+        interval = 0.1 if self.terminal else 60
+        self.bar = tqdm(total=num_runs, desc="starting", bar_format=bar_format, mininterval=interval)
+        self.lines = {}  # {name of a run at work: its line}
+
+    def say(self, text: str):
+        """A line that stays."""
+        if self.terminal:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr)
+
+    def end(self, name: str, words: str):
+        """Of a run that ended with these words."""
+        if name in self.lines:
+            self.lines.pop(name).close()
+        self.say(f"{name}: {words}")
+
+    def update(self, waiting: list[Watched], num_failed: int):
+        """`waiting` are the runs that have not ended."""
+        done = 0.0
+        for watched in waiting:
+            words = watched.last_words()
+            if not words:
+                continue
+            if watched.name not in self.lines:
+                self.lines[watched.name] = tqdm(bar_format="{desc}", leave=False, disable=not self.terminal)
+                self.say(f"{watched.name}: at work")
+            self.lines[watched.name].set_description_str(f"  {watched.name}: {words}")
+            done += watched.fraction_done()
+        running = len(self.lines)
+        finished = self.num_runs - len(waiting) - num_failed
+        counts = f"{finished} finished, {running} running, {len(waiting) - running} waiting"
+        self.bar.set_description_str(f"{counts}, {num_failed} not finished", refresh=False)
+        self.bar.update(finished + done - self.bar.n)
+
+    def close(self):
+        for line in self.lines.values():
+            line.close()
+        self.bar.close()
+
+
+def run_all(runs: list[Run], args: Args, gpus: float, stop: Stop) -> int:
+    """Trains, and shows how it goes. Returns how many did not finish."""
+    (args.output / "runs" / "logs").mkdir(parents=True, exist_ok=True)
+    options = {"max_retries": args.retries, "retry_exceptions": [ChildProcessError]}
+    task = ray.remote(num_cpus=args.cpus, num_gpus=gpus, **options)(train)
+    waiting = {}
+    for run in runs:
+        watched = Watched(run, args.output)
+        result = task.options(name=run.name).remote(run, args.output, watched.log)
+        waiting[result] = watched
+    num_failed = 0
+    cancelled = False
+    with contextlib.closing(Display(len(runs))) as display:
+        while waiting:
+            ended, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=1)
+            for result in ended:
+                finished, words = outcome_of(result, stop)
+                if not finished:
+                    num_failed += 1
+                display.end(waiting.pop(result).name, words)
+            display.update(list(waiting.values()), num_failed)
+            if stop.signal_number and not cancelled:
+                cancelled = True
+                for result in waiting:
+                    ray.cancel(result)
+    return num_failed
+
+
+def outcome_of(result, stop: Stop) -> tuple[bool, str]:
+    """Whether a run has finished, and its last words or why not."""
+    try:
+        status, words = ray.get(result)
+    except ray.exceptions.RayError as error:
+        if stop.signal_number:
+            return False, "stopped"
+        return False, str(error).strip().splitlines()[-1]
+    if status > 0:
+        return False, f"exit status {status}: {words}"
+    return True, words
+
+
+def main(args: Args, script_flags: list[str]):
+    """The script_flags go to every script."""
+    args = replace(args, output=args.output.resolve())
+    runs = make_plan(args, script_flags)
+    todo = [run for run in runs if run.state != "finished"]
+    if todo:
+        check_folder("--output", args.output)
+    print_plan(runs, args)
+    if args.dry_run or not todo:
+        return
+    gpus = start_ray(args)
+    stop = Stop()
+    num_failed = run_all(todo, args, gpus, stop)
     ray.shutdown()
-    hint = "; the same command goes on with the others, whose words are in logs/" if failed else ""
-    print(f"{len(todo) - len(failed)} of {len(todo)} finished, in {args.output / 'runs'}{hint}")
-    sys.exit(128 + signals[0] if failed and signals else len(failed) > 0)
+
+    summary = f"{len(todo) - num_failed} of {len(todo)} finished, in {args.output / 'runs'}"
+    if num_failed > 0:
+        summary += "; the same command goes on with the others, whose words are in logs/"
+    print(summary)
+    if num_failed > 0:
+        sys.exit(128 + stop.signal_number if stop.signal_number else 1)
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Those before and after the first `--`."""
+    if "--" not in words:
+        return words, []
+    place = words.index("--")
+    return words[:place], words[place + 1 :]
 
 
 if __name__ == "__main__":
-    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    try:
-        main(parse_args(Args, __doc__, sys.argv[1:end]), sys.argv[end + 1 :])
-    except OSError as error:
-        fail(f"{error.filename or '--output'}: {error.strerror or error}")
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports what resumed runs leave behind
+    own_words, script_words = split_words(sys.argv[1:])
+    run_tool(partial(main, script_flags=script_words), Args, __doc__, own_words)
