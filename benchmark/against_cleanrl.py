@@ -22,36 +22,51 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from command_line import check_ranges, fail, parse_args
+from command_line import Range, check_ranges, fail, run_tool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import ppo_procgen  # noqa: E402
 
+CURVE = "charts/SPS"
+Repeats = Annotated[int, Range(1, 10**6)]
+
 
 @dataclass
 class Args:
-    cleanrl: Annotated[Path, tyro.conf.Positional]  # CleanRL's wheel, or its ppo_procgen.py
-    env_id: str = "bigfish"  # one of the 16 games of Procgen
-    num_envs: int = 64  # parallel environments
-    num_steps: int = 256  # steps in each environment between two updates
-    num_minibatches: int = 8  # minibatches in an epoch
-    iterations: int = 3  # measured in each round, after one that is not
-    rounds: int = 2  # in each of which both scripts run
+    cleanrl: Annotated[Path, tyro.conf.Positional]
+    """CleanRL's wheel, or its ppo_procgen.py"""
+    env_id: str = "bigfish"
+    """one of the 16 games of Procgen"""
+    num_envs: int = 64
+    """parallel environments"""
+    num_steps: int = 256
+    """steps in each environment between two updates"""
+    num_minibatches: int = 8
+    """minibatches in an epoch"""
+    iterations: Repeats = 3
+    """measured in each round, after one that is not"""
+    rounds: Repeats = 2
+    """in each of which both scripts run"""
 
     def __post_init__(self):
-        check_ranges(self, {"iterations": (1, 10**6), "rounds": (1, 10**6)})
-        ppo_procgen.Args(**self.settings())
+        check_ranges(self)
+        ppo_procgen.Args(**self.settings())  # which checks them
 
     def settings(self) -> dict:
         """What both scripts are told."""
-        names = ("env_id", "num_envs", "num_steps", "num_minibatches")
-        total = (self.iterations + 1) * self.num_envs * self.num_steps
-        return {name: getattr(self, name) for name in names} | {"total_timesteps": total}
+        return {
+            "env_id": self.env_id,
+            "num_envs": self.num_envs,
+            "num_steps": self.num_steps,
+            "num_minibatches": self.num_minibatches,
+            "total_timesteps": (self.iterations + 1) * self.num_envs * self.num_steps,
+        }
 
 
 def read_cleanrl(path: Path) -> bytes:
+    """The script's text. Raises Failure where there is none."""
     try:
         if path.suffix == ".py":
             return path.read_bytes()
@@ -64,50 +79,75 @@ def read_cleanrl(path: Path) -> bytes:
 
 
 def measure(name: str, script: Path, flags: list[str]) -> list[float]:
-    """Steps a second of each iteration but the first. The name is for messages."""
+    """Steps a second of each iteration but the first. The name is for messages: raises Failure where the
+    script fails, or writes no curve."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(script), *flags]
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
-        if result.returncode < 0:
-            fail(f"{name} was killed by signal {-result.returncode}: is there enough memory?")
-        if result.returncode:
-            last = (result.stderr.strip() or "no message").splitlines()[-1]
-            fail(f"{name} ended with status {result.returncode}: {last}")
-        points = []
-        for run in Path(folder).glob("runs/*"):
-            events = EventAccumulator(str(run)).Reload()
-            points += events.Scalars("charts/SPS") if "charts/SPS" in events.Tags()["scalars"] else []
+        run(name, [sys.executable, str(script), *flags], folder)
+        points = read_curve(Path(folder))
     if len(points) < 2:
-        fail(f"{name} has written no curve charts/SPS of two points")
-    pairs = pairwise(points)
-    return [(after.step - before.step) / (after.wall_time - before.wall_time) for before, after in pairs]
+        fail(f"{name} has written no curve {CURVE} of two points")
+    speeds = []
+    for before, after in pairwise(points):
+        steps = after.step - before.step
+        seconds = after.wall_time - before.wall_time
+        speeds.append(steps / seconds)
+    return speeds
+
+
+def run(name: str, command: list[str], folder: str):
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    if result.returncode < 0:
+        fail(f"{name} was killed by signal {-result.returncode}: is there enough memory?")
+    if result.returncode > 0:
+        message = result.stderr.strip() or "no message"
+        last_line = message.splitlines()[-1]
+        fail(f"{name} ended with status {result.returncode}: {last_line}")
+
+
+def read_curve(folder: Path) -> list:
+    """Its points, which have a step and a wall_time in seconds, of the run that is in the folder."""
+    points = []
+    for run_dir in folder.glob("runs/*"):
+        events = EventAccumulator(str(run_dir)).Reload()
+        if CURVE in events.Tags()["scalars"]:
+            points += events.Scalars(CURVE)
+    return points
+
+
+def print_table(theirs: list[float], ours: list[float]):
+    print("| ppo_procgen.py | steps a second, median | from | to |")
+    print("| --- | --- | --- | --- |")
+    print_row("CleanRL", theirs)
+    print_row("here", ours)
+    print(f"ratio {np.median(ours) / np.median(theirs):.2f}")
+
+
+def print_row(name: str, speeds: list[float]):
+    print(f"| {name} | {np.median(speeds):,.0f} | {min(speeds):,.0f} | {max(speeds):,.0f} |")
 
 
 def main(args: Args):
     content = read_cleanrl(args.cleanrl)
-    shared = [f"--{name.replace('_', '-')}={value}" for name, value in args.settings().items()]
-    ours = [*shared, "--distribution-mode=easy", "--num-levels=0", "--eval-interval=0"]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{os.cpu_count()} cores, {gpu}, torch {torch.__version__}")
-    print(
-        f"{args.env_id}, {args.num_envs} x {args.num_steps} steps, {args.num_minibatches} minibatches",
-        flush=True,
-    )
-    speeds = {"CleanRL": [], "here": []}
+    batch = f"{args.num_envs} x {args.num_steps} steps, {args.num_minibatches} minibatches"
+    print(f"{args.env_id}, {batch}", flush=True)
+
+    their_flags = []
+    for name, value in args.settings().items():
+        flag = "--" + name.replace("_", "-")
+        their_flags.append(f"{flag}={value}")
+    our_flags = [*their_flags, "--distribution-mode=easy", "--num-levels=0", "--eval-interval=0"]
+    theirs = []
+    ours = []
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "ppo_procgen.py")
         script.write_bytes(content)
         for _ in range(args.rounds):
-            speeds["CleanRL"] += measure(f"PATH: {args.cleanrl}", script, shared)
-            speeds["here"] += measure("ppo_procgen.py here", ROOT / "ppo_procgen.py", ours)
-    print("| ppo_procgen.py | steps a second, median | from | to |\n| --- | --- | --- | --- |")
-    for name, each in speeds.items():
-        print(f"| {name} | {np.median(each):,.0f} | {min(each):,.0f} | {max(each):,.0f} |")
-    print(f"ratio {np.median(speeds['here']) / np.median(speeds['CleanRL']):.2f}")
+            theirs += measure(f"PATH: {args.cleanrl}", script, their_flags)
+            ours += measure("ppo_procgen.py here", ROOT / "ppo_procgen.py", our_flags)
+    print_table(theirs, ours)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args(Args, __doc__))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_tool(main, Args, __doc__)

@@ -12,14 +12,18 @@ rollout in 4 minibatches, the mean reward as the baseline, and what the map vari
 the same number of iterations: what lies between 0 and 1 there is on its way, or differs between seeds.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,40 +32,76 @@ import torch.nn as nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from command_line import check_ranges, fail, parse_args, replacing
+from command_line import Range, check_ranges, fail, replacing, run_tool
 
 from mdpo_procgen import Agent, mutual_kl, policy_loss
 
-COLORS = {"red": (255, 0, 0), "cyan": (0, 255, 255)}
-# Background, and the side of the coin, which is also the action that goes there. A sees the first two alone.
-PICTURES = [("red", 1), ("cyan", 0), ("red", 0), ("cyan", 1)]
-SIDES = torch.tensor([side for _, side in PICTURES])
+RED = (255, 0, 0)
+CYAN = (0, 255, 255)
+WHITE = (255, 255, 255)
+YELLOW = (255, 255, 0)
+LEFT = 0  # sides of the coin, and the actions that go there
+RIGHT = 1
 
-# The rows of the map, as what differs from the paper's coefficients.
-ROWS = {
-    "alone": {"distill_coef": 0.0},
-    "distill_coef 0.1": {"distill_coef": 0.1},
-    "distill_coef 1 (the paper's)": {},
-    "distill_coef 10": {"distill_coef": 10.0},
-    "peer detached": {"detach_peer": True},
-    "entropy coefficient 0.1": {"ent_coef": 0.1},
-    "no clipping of the ratio": {"clip_coef": 1e9},
-    "B 5 iterations ahead": {"head_start": 5},
+PICTURES = [  # background, and side of the coin
+    (RED, RIGHT),  # in the first two the colour tells the side
+    (CYAN, LEFT),
+    (RED, LEFT),  # in the others it misleads
+    (CYAN, RIGHT),
+]
+SIDES = torch.tensor([side for _, side in PICTURES])
+PICTURES_OF_A = 2  # so many of them are in the data of A: the first ones
+PICTURES_OF_B = 4
+
+NUM_ENVS = 512  # of each policy, for a single step in each rollout
+MINIBATCH_SIZE = 128
+UPDATE_EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a training: what the map varies. The defaults are the paper's."""
+
+    distill_coef: float = 1.0  # weight of the distillation
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    clip_coef: float = 0.2  # epsilon of the policy loss
+    detach_peer: bool = False  # no gradient of the distillation reaches the policy that is copied
+    head_start: int = 0  # iterations that B trains alone, before the two train together
+
+
+ROWS = {  # of the map
+    "alone": Settings(distill_coef=0.0),
+    "distill_coef 0.1": Settings(distill_coef=0.1),
+    "distill_coef 1 (the paper's)": Settings(),
+    "distill_coef 10": Settings(distill_coef=10.0),
+    "peer detached": Settings(detach_peer=True),
+    "entropy coefficient 0.1": Settings(ent_coef=0.1),
+    "no clipping of the ratio": Settings(clip_coef=1e9),
+    "B 5 iterations ahead": Settings(head_start=5),
 }
+
+
+CoinSizes = Annotated[tuple[int, ...], Range(1, 24)]
+Channels = Annotated[tuple[int, int, int], Range(1, 4096)]
 
 
 @dataclass
 class Args:
-    seeds: int = 3  # trainings for each point of the map
-    coin_sizes: tuple[int, ...] = (1, 3, 9)  # the columns of the map: width and height of the coin in pixels
-    iterations: int = 20  # rollouts of a training, each with 12 gradient steps
-    channels: tuple[int, int, int] = (4, 8, 8)  # width of the encoder's three stages
-    processes: int = 0  # trainings at a time, 0 for one a core
-    figure: Path = Path("figures/toy_example")  # where the figure goes, as .pdf and .png
+    seeds: Annotated[int, Range(1, 1000)] = 3
+    """trainings for each point of the map"""
+    coin_sizes: CoinSizes = (1, 3, 9)
+    """the columns of the map: width and height of the coin in pixels"""
+    iterations: Annotated[int, Range(1, 10_000)] = 20
+    """rollouts of a training, each with 12 gradient steps"""
+    channels: Channels = (4, 8, 8)
+    """width of the encoder's three stages"""
+    processes: Annotated[int, Range(0, 1000)] = 0
+    """trainings at a time, 0 for one a core"""
+    figure: Path = Path("figures/toy_example")
+    """where the figure goes, as .pdf and .png"""
 
     def __post_init__(self):
-        ranges = {"seeds": (1, 1000), "coin_sizes": (1, 24), "iterations": (1, 10_000), "channels": (1, 4096)}
-        check_ranges(self, ranges | {"processes": (0, 1000)})
+        check_ranges(self)
         if self.figure.name in ("", ".."):
             raise ValueError(f"--figure must end in a file's name, not be {self.figure}")
         if self.figure.suffix in (".pdf", ".png"):
@@ -72,105 +112,181 @@ def make_pictures(coin_size: int) -> torch.Tensor:
     """The four PICTURES, uint8 (4, 64, 64, 3): a white agent in the middle, a yellow coin 16 pixels away."""
     obs = np.empty((4, 64, 64, 3), np.uint8)
     for picture, (color, side) in zip(obs, PICTURES):
-        picture[:] = COLORS[color]
-        picture[28:36, 30:34] = 255
-        top, left = 32 - coin_size // 2, (16, 48)[side] - coin_size // 2
-        picture[top : top + coin_size, left : left + coin_size] = (255, 255, 0)
+        picture[:] = color
+        picture[28:36, 30:34] = WHITE
+        center = 48 if side == RIGHT else 16
+        top = 32 - coin_size // 2
+        left = center - coin_size // 2
+        picture[top : top + coin_size, left : left + coin_size] = YELLOW
     return torch.from_numpy(obs)
 
 
 @torch.no_grad()
-def act(agents: list[Agent], obs):
-    """Log-probabilities of both actions at the four pictures, float32 (2, 4, 2), and the probability of the
-    right one, (2, 4); rows A, B."""
-    logprobs = torch.stack([agent(obs)[0].log_softmax(-1) for agent in agents])
-    return logprobs, logprobs[:, range(4), SIDES].exp()
+def act(agents: list[Agent], obs) -> torch.Tensor:
+    """Log-probabilities of both actions at the four pictures, float32 (2, 4, 2): rows A, B."""
+    logits = [agent(obs)[0] for agent in agents]
+    return torch.stack(logits).log_softmax(-1)
 
 
-def rollout(logprobs, num_pictures: int):
-    """One step in 512 environments that show the first num_pictures of PICTURES; logprobs (4, 2). Returns the
-    pictures' numbers, actions, their log-probabilities and rewards, all (512,)."""
-    pictures = torch.randint(num_pictures, (512,))
-    actions = logprobs[pictures].exp().multinomial(1).squeeze(-1)
-    return pictures, actions, logprobs[pictures, actions], (actions == SIDES[pictures]).float()
+def coin_probabilities(logprobs) -> torch.Tensor:
+    """Of going to the coin, (2, 4), from logprobs (2, 4, 2)."""
+    return logprobs[:, range(4), SIDES].exp()
+
+
+class Batch(NamedTuple):
+    """What one policy saw, did and got, all (B,)."""
+
+    pictures: torch.Tensor  # their numbers in PICTURES, int64
+    actions: torch.Tensor  # int64
+    logprobs: torch.Tensor  # of these actions, float32
+    rewards: torch.Tensor  # 0 or 1, float32
+
+    def take(self, inds):
+        return Batch(*[column[inds] for column in self])
+
+
+def rollout(logprobs, num_pictures: int) -> Batch:
+    """One step of a policy, logprobs (4, 2), in environments that show the first num_pictures of PICTURES."""
+    pictures = torch.randint(num_pictures, (NUM_ENVS,))
+    probabilities = logprobs[pictures].exp()
+    actions = probabilities.multinomial(1).squeeze(-1)
+    rewards = (actions == SIDES[pictures]).float()
+    return Batch(pictures, actions, logprobs[pictures, actions], rewards)
+
+
+def rl_loss(logits, mb: Batch, settings: Settings):
+    """PPO's loss with its entropy bonus, a scalar. logits: what it now says of the pictures, (B, 2)."""
+    logprobs = logits.log_softmax(-1)
+    new_logprobs = logprobs.gather(-1, mb.actions[:, None]).squeeze(-1)
+    ratio = (new_logprobs - mb.logprobs).exp()
+    advantages = mb.rewards - mb.rewards.mean()
+    advantages = advantages / (mb.rewards.std() + 1e-8)
+    pg_loss = policy_loss(ratio, advantages, settings.clip_coef)
+    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+    return pg_loss - settings.ent_coef * entropy
+
+
+def mutual_loss(logits, peer_logits, mb: Batch, settings: Settings):
+    """rl_loss, and the distillation from the peer (equation 18), a scalar. Both logits are (B, 2)."""
+    if settings.detach_peer:
+        peer_logits = peer_logits.detach()
+    kl = mutual_kl(peer_logits, logits)
+    return rl_loss(logits, mb, settings) + settings.distill_coef * kl
+
+
+def minibatch_loss(logits, mbs: list[Batch], settings: Settings, b_alone: bool):
+    """Algorithm 1: the mean of both policies' losses, a scalar; while B is alone, its part of it.
+
+    logits: what A and B now say of the four pictures, (4, 2) each, of which a minibatch takes rows.
+    """
+    logits_a, logits_b = logits
+    mb_a, mb_b = mbs
+    b_of_b = logits_b[mb_b.pictures]
+    if b_alone:
+        return rl_loss(b_of_b, mb_b, settings) / 2
+    a_of_a = logits_a[mb_a.pictures]
+    b_of_a = logits_b[mb_a.pictures]
+    a_of_b = logits_a[mb_b.pictures]
+    loss_a = mutual_loss(a_of_a, b_of_a, mb_a, settings)
+    loss_b = mutual_loss(b_of_b, a_of_b, mb_b, settings)
+    return (loss_a + loss_b) / 2
+
+
+def update(agents: list[Agent], optimizer, obs, batches: list[Batch], settings: Settings, b_alone: bool):
+    """The gradient steps of an iteration. Both policies draw their minibatches with the same index."""
+    for _ in range(UPDATE_EPOCHS):
+        for mb_inds in torch.randperm(NUM_ENVS).split(MINIBATCH_SIZE):
+            mbs = [batch.take(mb_inds) for batch in batches]
+            logits = [agent(obs)[0] for agent in agents]
+            loss = minibatch_loss(logits, mbs, settings, b_alone)
+            optimizer.zero_grad()
+            loss.backward()
+            for agent in agents:
+                nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
+            optimizer.step()
 
 
 def train(
     seed: int,
     coin_size: int,
-    distill_coef: float = 1.0,
-    ent_coef: float = 0.01,
-    clip_coef: float = 0.2,
-    detach_peer: bool = False,
-    head_start: int = 0,
-    iterations: int = 20,
-    channels: tuple[int, int, int] = (4, 8, 8),
+    settings: Settings,
+    iterations: int = Args.iterations,
+    channels: tuple[int, int, int] = Args.channels,
 ) -> np.ndarray:
-    """Trains A and B by algorithm 1, B alone for `head_start` iterations before. Returns the mean probability
-    of the right action, float32 (2, 2): rows A, B; columns where the colour tells it, where it misleads.
+    """Trains A and B by algorithm 1. Returns the mean probability of going to the coin, float32 (2, 2): rows
+    A, B; columns where the colour tells its side, where it misleads.
 
-    There are but four pictures, so the networks see each once and a minibatch takes rows of what they say.
-    Training ends early when all is right with a probability above 0.99: no term of the loss undoes that.
+    Training ends early when all probabilities are above 0.99: no term of the loss undoes that.
     """
     torch.manual_seed(seed)
     obs = make_pictures(coin_size)
     agents = [Agent(num_actions=2, channels=channels) for _ in range(2)]
-    optimizer = torch.optim.Adam(nn.ModuleList(agents).parameters(), lr=5e-4, eps=1e-5, fused=True)
-    for iteration in range(head_start + iterations):
-        learners = [0, 1] if iteration >= head_start else [1]
-        policies, right = act(agents, obs)
-        if right.min() > 0.99:
+    parameters = nn.ModuleList(agents).parameters()
+    optimizer = torch.optim.Adam(parameters, lr=5e-4, eps=1e-5, fused=True)
+    for iteration in range(settings.head_start + iterations):
+        logprobs = act(agents, obs)
+        if coin_probabilities(logprobs).min() > 0.99:
             break
-        batches = [rollout(logprobs, num_pictures) for logprobs, num_pictures in zip(policies, (2, 4))]
-        for _ in range(3):
-            for mb_inds in torch.randperm(512).split(128):
-                outputs = [agent(obs)[0] for agent in agents]
-                loss = 0.0
-                for i in learners:
-                    pictures, actions, old_logprobs, rewards = (column[mb_inds] for column in batches[i])
-                    logits, peer_logits = outputs[i][pictures], outputs[1 - i][pictures]
-                    logprobs = logits.log_softmax(-1)
-                    ratio = (logprobs.gather(-1, actions[:, None]).squeeze(-1) - old_logprobs).exp()
-                    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
-                    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
-                    loss = loss + (policy_loss(ratio, advantages, clip_coef) - ent_coef * entropy) / 2
-                    if len(learners) == 2:
-                        kl = mutual_kl(peer_logits.detach() if detach_peer else peer_logits, logits)
-                        loss = loss + distill_coef * kl / 2
-                optimizer.zero_grad()
-                loss.backward()
-                for agent in agents:
-                    nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
-                optimizer.step()
-    _, right = act(agents, obs)
-    return torch.stack([right[:, :2].mean(1), right[:, 2:].mean(1)], dim=1).numpy()
+        batch_a = rollout(logprobs[0], PICTURES_OF_A)
+        batch_b = rollout(logprobs[1], PICTURES_OF_B)
+        b_alone = iteration < settings.head_start
+        update(agents, optimizer, obs, [batch_a, batch_b], settings, b_alone)
+    probabilities = coin_probabilities(act(agents, obs))
+    where_it_tells = probabilities[:, :2].mean(1)
+    where_it_misleads = probabilities[:, 2:].mean(1)
+    return torch.stack([where_it_tells, where_it_misleads], dim=1).numpy()
 
 
 def make_map(args: Args) -> np.ndarray:
     """Trains at every point of the map. Returns what `train` does, (rows, columns, seeds, 2, 2)."""
-    jobs = [
-        partial(train, seed, size, iterations=args.iterations, channels=args.channels, **changes)
-        for changes in ROWS.values()
-        for size in args.coin_sizes
-        for seed in range(args.seeds)
-    ]
-    processes = args.processes or len(os.sched_getaffinity(0))
+    jobs = []
+    for settings in ROWS.values():
+        for coin_size in args.coin_sizes:
+            for seed in range(args.seeds):
+                job = partial(train, seed, coin_size, settings, args.iterations, args.channels)
+                jobs.append(job)
+    results = run_jobs(jobs, args.processes or len(os.sched_getaffinity(0)))
+    shape = (len(ROWS), len(args.coin_sizes), args.seeds)
+    return np.reshape(results, (*shape, 2, 2))
+
+
+def run_jobs(jobs: list, processes: int) -> list:
+    """What the jobs return, in their order. After Ctrl-C none goes on."""
     context = get_context("fork")  # which imports nothing anew; no thread of torch's runs yet
-    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
-        futures = [pool.submit(job) for job in jobs]
-        progress = tqdm(futures, unit="training", disable=not sys.stderr.isatty())
-        results = [future.result() for future in progress]
-    return np.reshape(results, (len(ROWS), len(args.coin_sizes), args.seeds, 2, 2))
+    with ProcessPoolExecutor(processes, context, begin_process) as pool:
+        try:
+            futures = [pool.submit(job) for job in jobs]
+            progress = tqdm(futures, unit="training", disable=not sys.stderr.isatty())
+            return [future.result() for future in progress]
+        except BrokenProcessPool:
+            fail("a training was killed: is there enough memory? fewer --processes need less")
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def begin_process():
+    """In each of the pool's. However the tool ends, they are to end, and without a traceback of their own."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the parent is no more
 
 
 def print_table(args: Args, results: np.ndarray):
+    means = results.mean(2)  # over seeds
+    width = max(len(name) for name in ROWS)
     print("probability of the right action where the colour misleads, A / B,")
     print(f"mean of {args.seeds} seeds after {args.iterations} iterations")
-    width = max(map(len, ROWS))
-    print(f"{'width of the coin':<{width}}" + "".join(f"{f'{size} px':>14}" for size in args.coin_sizes))
-    for name, row in zip(ROWS, results[..., 1].mean(2)):
-        print(f"{name:<{width}}" + "".join(f"{f'{a:.2f} / {b:.2f}':>14}" for a, b in row))
-    print(f"where the colour tells the side: at least {results[..., 0].mean(2).min():.2f} at every point")
+    cells = [f"{size} px" for size in args.coin_sizes]
+    print_row("width of the coin", cells, width)
+    for name, row in zip(ROWS, means[..., 1]):
+        cells = [f"{a:.2f} / {b:.2f}" for a, b in row]
+        print_row(name, cells, width)
+    print(f"where the colour tells the side: at least {means[..., 0].min():.2f} at every point")
+
+
+def print_row(name: str, cells: list[str], width: int):
+    columns = "".join(cell.rjust(14) for cell in cells)
+    print(name.ljust(width) + columns)
 
 
 def draw(args: Args, results: np.ndarray):
@@ -178,25 +294,8 @@ def draw(args: Args, results: np.ndarray):
     plt.rcParams.update({"font.size": 9, "pdf.fonttype": 42})
     figure = plt.figure(figsize=(8, 5.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.4))
-    obs = make_pictures(max(args.coin_sizes)).numpy()
-    titles = "data of A: red is right, cyan is left", "data of B: in two of the four the colour misleads"
-    for part, title, pictures in zip(top.subfigures(1, 2, width_ratios=(2, 4)), titles, (obs[:2], obs)):
-        part.suptitle(title)
-        for ax, picture in zip(part.subplots(1, len(pictures)), pictures):
-            ax.imshow(picture, interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-    panels = bottom.subplots(1, 2, sharey=True)
-    for i, ax in enumerate(panels):
-        values = results[..., i, 1].mean(2)
-        image = ax.imshow(values, cmap="RdBu", vmin=0, vmax=1, aspect="auto")
-        for (row, column), value in np.ndenumerate(values):
-            color = "black" if 0.2 < value < 0.8 else "white"
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
-        ax.set_xticks(range(len(args.coin_sizes)), args.coin_sizes)
-        ax.set_yticks(range(len(ROWS)), ROWS)
-        ax.set(xlabel="width of the coin (pixels)", title=f"policy {'AB'[i]}")
-    label = "probability of the right action\nwhere the colour misleads"
-    bottom.colorbar(image, ax=panels, label=label, ticks=(0, 0.5, 1))
+    draw_data(top, max(args.coin_sizes))
+    draw_map(bottom, args.coin_sizes, results[..., 1].mean(2))
     for suffix in (".pdf", ".png"):
         path = args.figure.with_name(args.figure.name + suffix)
         with replacing("--figure", path) as unfinished:
@@ -205,16 +304,52 @@ def draw(args: Args, results: np.ndarray):
     plt.close(figure)
 
 
-def main(args: Args):
+def draw_data(figure, coin_size: int):
+    obs = make_pictures(coin_size).numpy()
+    part_a, part_b = figure.subfigures(1, 2, width_ratios=(PICTURES_OF_A, PICTURES_OF_B))
+    draw_pictures(part_a, obs[:PICTURES_OF_A], "data of A: red is right, cyan is left")
+    draw_pictures(part_b, obs[:PICTURES_OF_B], "data of B: in two of the four the colour misleads")
+
+
+def draw_pictures(figure, pictures: np.ndarray, title: str):
+    figure.suptitle(title)
+    axes = figure.subplots(1, len(pictures))
+    for ax, picture in zip(axes, pictures):
+        ax.imshow(picture, interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+
+
+def draw_map(figure, coin_sizes: tuple[int, ...], probabilities: np.ndarray):
+    """probabilities: (rows, columns, 2), the last for A and B."""
+    panels = figure.subplots(1, 2, sharey=True)
+    for i, ax in enumerate(panels):
+        values = probabilities[..., i]
+        image = ax.imshow(values, cmap="RdBu", vmin=0, vmax=1, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            color = "black" if 0.2 < value < 0.8 else "white"
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+        ax.set_xticks(range(len(coin_sizes)), coin_sizes)
+        ax.set_yticks(range(len(ROWS)), ROWS)
+        ax.set(xlabel="width of the coin (pixels)", title=f"policy {'AB'[i]}")
+    label = "probability of the right action\nwhere the colour misleads"
+    figure.colorbar(image, ax=panels, label=label, ticks=(0, 0.5, 1))
+
+
+def check_folder_of(figure: Path):
+    """That nothing can be written there is to be known before the trainings, which take long."""
     try:
-        args.figure.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.figure.parent).close()  # that it can be written costs no training
-        results = make_map(args)
-        print_table(args, results)
-        draw(args, results)
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=figure.parent).close()
     except OSError as error:
-        fail(f"--figure {args.figure}: {error.strerror}")
+        fail(f"--figure {figure}: {error.strerror}")
+
+
+def main(args: Args):
+    check_folder_of(args.figure)
+    results = make_map(args)
+    print_table(args, results)
+    draw(args, results)
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    run_tool(main, Args, __doc__)
