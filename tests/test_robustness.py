@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import fields
@@ -298,6 +299,15 @@ def test_jitter_of_two_colors(factors):
     expected = 255 * jitter_of_two_colors(colors / 255, brightness, contrast, saturation, thirds)
     assert out[0, 5, 5].numpy() == pytest.approx(expected[0], abs=1e-2)
     assert out[0, 60, 60].numpy() == pytest.approx(expected[1], abs=1e-2)
+
+
+def test_the_hue_turns_what_saturation_has_clamped():
+    """As two pictures, one after the other, but for rounding."""
+    obs = torch.tensor([255, 40, 0], dtype=torch.uint8).expand(1, 64, 64, 3)
+    saturated = robust.color_jitter(obs, torch.tensor([[1, 1, 1.4, 0]])).round().byte()
+    two_steps = robust.color_jitter(saturated, torch.tensor([[1, 1, 1, 0.2]]))
+    one_step = robust.color_jitter(obs, torch.tensor([[1, 1, 1.4, 0.2]]))
+    torch.testing.assert_close(one_step, two_steps, rtol=0, atol=1.5)
 
 
 def test_jitter_is_drawn_over_its_ranges():
@@ -609,6 +619,26 @@ def test_identical_checkpoints_score_identically(states):
         assert group["kl_spread"] == pytest.approx(abs(one["kl_mean"] - other["kl_mean"]) / 2**0.5)
         assert group["return_clean"] == pytest.approx((one["return_clean"] + other["return_clean"]) / 2)
         assert one["kl_mean"] > 0
+
+
+def test_each_perturbation_has_its_return(states, monkeypatch):
+    """Beside the clean one, and only if it is asked for."""
+    returns = {"clean": 8.0, "random-conv": 4.0, "background": 6.0, "no-background": 2.0, "monochrome": 1.0}
+
+    def play_returns(name, setup, agents):
+        return np.full((len(agents), 3), returns[name])
+
+    monkeypatch.setattr(robust, "play_returns", play_returns)
+    setup = make_setup(tests=("return", "rendering", "random-conv"))
+    rows = robust.score(setup, checkpoints(Constant()), states)
+    assert [row["perturbation"] for row in rows[::2]] == list(returns)[1:]
+    for row in rows:
+        assert row["return_clean"] == 8
+        assert row["return_perturbed"] == returns[row["perturbation"]]
+        assert row["return_kept_mean"] == returns[row["perturbation"]] / 8
+        assert row["episodes"] == 3
+    rows = robust.score(make_setup(tests=("random-conv",)), checkpoints(Constant()), states)
+    assert "return_clean" not in rows[0]
 
 
 # Returns
@@ -998,13 +1028,18 @@ def test_every_agent_once_by_game(tmp_path, monkeypatch):
         save_agent(tmp_path / "run" / f"agent_{i}" / "agent.pt", make_agent(i), "mdspo_procgen", **STARPILOT)
     save_agent(tmp_path / "hard.pt", make_agent(3), env_id="starpilot")
     save_agent(tmp_path / "wide.pt", make_agent(4, (8, 4, 6)), "spo_procgen", channels=(8, 4, 6), **STARPILOT)
-    (tmp_path / "link").symlink_to("run")
-    given = ("hard.pt", "wide.pt", "link", "run", "run/agent_1/agent.pt")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "newest").symlink_to(tmp_path / "run")
+    (tmp_path / "links" / "circle").symlink_to(tmp_path / "links")
+    given = ("hard.pt", "wide.pt", "links", "run", "run/agent_1/agent.pt")
     games = robust.read_agents(make_args(checkpoints=given), CPU)
     assert list(games) == [Game("starpilot", "hard"), GAME]
     easy = [(checkpoint.path, checkpoint.label) for checkpoint in games[GAME]]
-    expected = [("wide.pt", "SPO"), ("link/agent_1/agent.pt", "MDSPO"), ("link/agent_2/agent.pt", "MDSPO")]
-    assert easy == expected
+    assert easy == [
+        ("wide.pt", "SPO"),
+        ("links/newest/agent_1/agent.pt", "MDSPO"),
+        ("links/newest/agent_2/agent.pt", "MDSPO"),
+    ]
     (hard,) = games[Game("starpilot", "hard")]
     assert (hard.path, hard.label) == ("hard.pt", "PPO")
     obs = random_states().obs
@@ -1260,14 +1295,20 @@ def test_memory_that_does_not_suffice_is_one_line(good, monkeypatch, capfd):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_it_cleanly(number, status, good, monkeypatch, capfd):
-    """Here while the states are gathered: nothing stays behind."""
+    """Here while the states are gathered, and again while it tidies up: nothing stays behind."""
+
+    tidy_up = tempfile.TemporaryDirectory.cleanup
 
     def interrupted(*_, **__):
         assert names_in(good) != ["good.pt"]  # the unfinished folder is there
         signal.raise_signal(number)
-        signal.raise_signal(number)  # pressed again: what is being tidied up stays in peace
+
+    def interrupted_again(folder):
+        signal.raise_signal(number)
+        tidy_up(folder)
 
     monkeypatch.setattr("procgen.ProcgenGym3Env", interrupted)
+    monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", interrupted_again)
     assert run_as_main(monkeypatch, *SHORT) == status
     assert capfd.readouterr().err == "starpilot: states\n"
     assert names_in(good) == ["good.pt"]
