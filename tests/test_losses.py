@@ -4,9 +4,11 @@ import importlib
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from common import MUTUAL, SCRIPTS, make_agents, make_batch, make_probes, make_runner, minibatch_step
+from algorithm import CPU, NoProgress, make_runner, make_small_probes, minibatch_step, parameters_of
+from common import MUTUAL, SCRIPTS, TINY, make_agents, make_batch
 from torch.distributions import Categorical, kl_divergence
 
 # (ratio, advantage, clip_coef, loss, its derivative with respect to the ratio)
@@ -77,11 +79,11 @@ def test_value_loss_by_hand(script, new_value, old_value, expected_loss, expecte
 def test_rl_loss_is_made_of_its_parts(script):
     torch.manual_seed(0)
     args = script.Args(ent_coef=0.3, vf_coef=0.7)
-    logits, new_values, mb = torch.randn(32, 15), torch.randn(32), make_batch(script, 32, seed=1)
+    logits = torch.randn(32, 15)
+    new_values = torch.randn(32)
     advantages = torch.randn(32)
-    mb = mb._replace(advantages=advantages)
+    mb = make_batch(script, 32, seed=1)._replace(advantages=advantages)
     loss, metrics = script.rl_loss(logits, new_values, mb, args)
-    metrics = dict(zip(script.METRICS, metrics))
 
     policy = Categorical(logits=logits)
     ratio = (policy.log_prob(mb.actions) - mb.logprobs).exp()
@@ -94,28 +96,29 @@ def test_rl_loss_is_made_of_its_parts(script):
         "clipfrac": ((ratio < 0.8) | (ratio > 1.2)).float().mean(),
         "ratio_deviation": (ratio - 1).abs().mean(),
     }
-    for name, value in expected.items():
-        torch.testing.assert_close(metrics[name], value, msg=lambda text, name=name: f"{name}: {text}")
-    torch.testing.assert_close(
-        loss, expected["policy_loss"] + 0.7 * expected["value_loss"] - 0.3 * expected["entropy"]
-    )
+    torch.testing.assert_close(metrics, expected)
+    total = expected["policy_loss"] + 0.7 * expected["value_loss"] - 0.3 * expected["entropy"]
+    torch.testing.assert_close(loss, total)
 
 
 def test_the_ratio_is_one_right_after_a_rollout(script, tmp_path, monkeypatch):
     """Actions, observations and log-probabilities keep their places from the rollout into the minibatch."""
-    monkeypatch.setattr(script, "make_envs", make_probes)
-    args = script.Args(num_envs=4, num_steps=8, num_minibatches=2, total_timesteps=32, device="cpu")
+    monkeypatch.setattr(script, "make_envs", make_small_probes)
+    settings = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "total_timesteps": 32}
+    args = script.Args(device="cpu", num_eval_envs=2, **settings)
     runner = make_runner(script, args, tmp_path)
-    runner.agent.actor.weight.data *= 300
-    script.rollout(runner.groups)
+    torch.manual_seed(0)
+    agent = script.Agent(channels=(4, 4, 4), obs_shape=runner.obs_shape)
+    agent.actor.weight.data *= 300
+    script.rollout([lambda obs: script.act(agent, obs)], [runner], NoProgress())
     runner.finish_rollout()
     runner.close()
-    logits, values = runner.agent(runner.batch.obs)
+    logits, values = agent(runner.batch.obs)
     _, metrics = script.rl_loss(logits, values, runner.batch, args)
-    metrics = dict(zip(script.METRICS, metrics))
     assert len(runner.batch.obs) == args.batch_size
-    assert metrics["ratio_deviation"] < 1e-5 and metrics["clipfrac"] == 0
-    torch.testing.assert_close(values, runner.batch.values)
+    assert metrics["ratio_deviation"] < 1e-5
+    assert metrics["clipfrac"] == 0
+    torch.testing.assert_close(values, runner.batch.values, rtol=1e-5, atol=1e-6)
 
 
 def test_mutual_kl_is_that_of_torch_distributions(mutual):
@@ -126,7 +129,8 @@ def test_mutual_kl_is_that_of_torch_distributions(mutual):
 
 
 def test_mutual_kl_direction(mutual):
-    peer, self = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    peer = torch.tensor([[0.5, 0.5]]).log()
+    self = torch.tensor([[0.25, 0.75]]).log()
     # 0.5 ln(0.5 / 0.25) + 0.5 ln(0.5 / 0.75); the other direction is 0.25 ln 0.5 + 0.75 ln 1.5 = 0.1308
     assert mutual.mutual_kl(peer, self).item() == pytest.approx(0.5 * math.log(4 / 3), rel=1e-5)
     assert mutual.mutual_kl(self, peer).item() == pytest.approx(0.130812, rel=1e-5)
@@ -144,115 +148,147 @@ def test_mutual_kl_of_extreme_policies(mutual):
     kl = mutual.mutual_kl(peer, logits)
     kl.backward()
     assert kl.item() == 160.0
-    assert logits.grad.tolist() == [[-1.0, 1.0]] and peer.grad.isfinite().all()
+    assert logits.grad.tolist() == [[-1.0, 1.0]]
+    assert peer.grad.isfinite().all()
 
     torch.manual_seed(0)
     peer, logits = 80 * torch.randn(2, 64, 15)
     exact = mutual.mutual_kl(peer.double(), logits.double()).item()
-    assert mutual.mutual_kl(peer, logits).item() == pytest.approx(exact, rel=1e-6)
+    assert mutual.mutual_kl(peer, logits).item() == pytest.approx(exact, rel=1e-5)
 
 
 SIZE = 16
 MB_INDS = torch.tensor([9, 2, 15, 4, 0, 11])
+UNCLIPPED = 1e9  # a bound that no gradient reaches
 
 
 def gradients(agents):
-    return [[parameter.grad.clone() for parameter in agent.parameters()] for agent in agents]
+    return [[weight.grad.clone() for weight in agent.parameters()] for agent in agents]
 
 
-def norms(agents):
+def norms(agents) -> list[float]:
     return [torch.cat([grad.flatten() for grad in grads]).norm().item() for grads in gradients(agents)]
 
 
-def step_without_moving(script, args, agents, batches, **options):
-    """A minibatch step that leaves the gradients, and the weights as they were. Returns the metrics' rows."""
-    optimizer = torch.optim.SGD([p for agent in agents for p in agent.parameters()], lr=0.0)
-    rows = minibatch_step(script, agents, optimizer, batches, args, MB_INDS, **options)
-    return [dict(zip(script.METRICS, row.tolist(), strict=True)) for row in rows]
+def step_without_moving(script, args, agents, batches, **options) -> dict[str, list[float]]:
+    """A minibatch step that leaves the gradients, and the weights as they were. Returns for each metric the
+    numbers of the agents."""
+    optimizer = torch.optim.SGD(parameters_of(agents), lr=0.0)
+    metrics = minibatch_step(script, agents, optimizer, batches, args, MB_INDS, **options)
+    return {name: values.tolist() for name, values in metrics.items()}
 
 
-def agents_and_batches(script):
-    num = 2 if script.__name__ in MUTUAL else 1
+def agents_and_batches(script, num: int = 0):
+    """As many as the script has by default, unless told."""
+    if num == 0:
+        num = 2 if script.__name__ in MUTUAL else 1
     return make_agents(script, num), [make_batch(script, SIZE, seed) for seed in range(num)]
 
 
+def mean_kl_of_peers(args, agents, i: int, obs):
+    """KL(pi_j || pi_i), of all peers j of agent i, by torch.distributions."""
+    logits, _ = agents[i](obs)
+    kls = []
+    for j, peer in enumerate(agents):
+        if j == i:
+            continue
+        peer_logits, _ = peer(obs)
+        if args.detach_peer:
+            peer_logits = peer_logits.detach()
+        kl = kl_divergence(Categorical(logits=peer_logits), Categorical(logits=logits))
+        kls.append(kl.mean())
+    return sum(kls) / len(kls)
+
+
 def expected_loss(script, args, agents, batches):
-    """Section 2 of the specification, each network run on each minibatch by itself."""
-    mbs = [script.Batch(*(column[MB_INDS] for column in batch)) for batch in batches]
-    for mb in mbs:  # over the whole minibatch, of which the script takes parts
-        mb.advantages[:] = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
+    """The mean of L_1 ... L_K, each network run on each minibatch by itself, and the distillation terms."""
     losses = []
-    for i, mb in enumerate(mbs):
+    kls = []
+    for i, batch in enumerate(batches):
+        mb = script.Batch(*(column[MB_INDS] for column in batch))
+        # Over the whole minibatch, of which the script takes parts.
+        advantages = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
         logits, values = agents[i](mb.obs)
-        loss, _ = script.rl_loss(logits, values, mb, args)
-        if len(agents) == 2:
-            peer_logits, _ = agents[1 - i](mb.obs)
-            peer_logits = peer_logits.detach() if args.detach_peer else peer_logits
-            kl = kl_divergence(Categorical(logits=peer_logits), Categorical(logits=logits)).mean()
-            loss = loss + args.distill_coef * kl
+        loss, _ = script.rl_loss(logits, values, mb._replace(advantages=advantages), args)
+        if len(agents) > 1:
+            kls.append(mean_kl_of_peers(args, agents, i, mb.obs))
+            loss = loss + args.distill_coef * kls[i]
         losses.append(loss)
-    return sum(losses) / len(losses)
+    return sum(losses) / len(losses), kls
 
 
-def assert_gradients_are_those_of_the_loss(script, args):
-    agents, batches = agents_and_batches(script)
-    loss = expected_loss(script, args, agents, batches)
-    parameters = [parameter for agent in agents for parameter in agent.parameters()]
-    expected = torch.autograd.grad(loss, parameters)
-    step_without_moving(script, args, agents, batches)
-    for parameter, gradient in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+def assert_gradients_are_those_of_the_loss(script, args, num: int = 0):
+    agents, batches = agents_and_batches(script, num)
+    loss, kls = expected_loss(script, args, agents, batches)
+    expected = torch.autograd.grad(loss, parameters_of(agents))
+    metrics = step_without_moving(script, args, agents, batches)
+    for weight, gradient in zip(parameters_of(agents), expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-5)
+    if kls:
+        assert metrics["mutual_kl"] == pytest.approx([kl.item() for kl in kls], rel=1e-4)
 
 
 def test_gradients_are_those_of_the_loss(script):
     """For the mutual scripts of (L_1 + L_2) / 2, with gradient of both KL terms for both networks."""
-    assert_gradients_are_those_of_the_loss(script, script.Args(device="cpu", max_grad_norm=1e9))
+    assert_gradients_are_those_of_the_loss(script, script.Args(device="cpu", max_grad_norm=UNCLIPPED))
 
 
+@pytest.mark.parametrize("num_agents", [2, 3])
 @pytest.mark.parametrize(
-    "settings", [{"distill_coef": 0.3}, {"distill_coef": 0.0}, {"detach_peer": True, "distill_coef": 5.0}]
+    "settings", [{}, {"distill_coef": 0.3}, {"distill_coef": 0.0}, {"distill_coef": 5.0, "detach_peer": True}]
 )
-def test_gradients_with_other_distillation(mutual, settings):
-    args = mutual.Args(device="cpu", max_grad_norm=1e9, **settings)
-    assert_gradients_are_those_of_the_loss(mutual, args)
+def test_gradients_with_other_distillation(mutual, settings, num_agents):
+    """Of K agents L_i has the mean KL over the peers, and the loss is the mean of the L_i."""
+    args = mutual.Args(device="cpu", max_grad_norm=UNCLIPPED, num_agents=num_agents, **settings)
+    assert_gradients_are_those_of_the_loss(mutual, args, num_agents)
 
 
 @pytest.mark.parametrize("detach_peer", [False, True])
-@pytest.mark.parametrize("index", [0, 1])
-def test_who_gets_gradient_of_one_kl(mutual, monkeypatch, detach_peer, index):
-    """Only the KL of agent `index` is left in the loss: the peer learns from it unless it is detached."""
-    kl_of = mutual.mutual_kl
-    kls = []
+@pytest.mark.parametrize("num_agents", [2, 3])
+def test_who_gets_gradient_of_one_kl(mutual, detach_peer, num_agents):
+    """Every agent learns from the distillation term of each, unless the peers are detached."""
+    args = mutual.Args(device="cpu", detach_peer=detach_peer, num_agents=num_agents)
+    agents, batches = agents_and_batches(mutual, num_agents)
+    _, metrics = mutual.compute_loss(agents, batches, args)
+    for i in range(num_agents):
+        for agent in agents:
+            agent.zero_grad(set_to_none=False)
+            for weight in agent.parameters():
+                weight.grad = torch.zeros_like(weight)
+        metrics[i]["mutual_kl"].backward(retain_graph=True)
+        for j, norm in enumerate(norms(agents)):
+            learns = i == j or not detach_peer
+            assert norm > 1e-4 if learns else norm == 0
 
-    def only_one(peer_logits, logits):
-        kls.append(kl_of(peer_logits, logits))
-        return kls[-1] if len(kls) - 1 == index else 0 * kls[-1]
 
-    monkeypatch.setattr(mutual, "mutual_kl", only_one)
-    args = mutual.Args(device="cpu", ent_coef=0.0, vf_coef=0.0, detach_peer=detach_peer)
-    agents, batches = agents_and_batches(mutual)
-    batches = [batch._replace(advantages=torch.zeros(SIZE)) for batch in batches]
-    step_without_moving(mutual, args, agents, batches, part_size=SIZE)
-    assert len(kls) == 2
-    own, peers = norms(agents)[index], norms(agents)[1 - index]
-    assert own > 1e-4
-    assert peers == 0 if detach_peer else peers > 1e-4
+def test_a_permutation_of_three_agents_permutes_the_result(mutual):
+    order = [2, 0, 1]
+    args = mutual.Args(device="cpu", max_grad_norm=UNCLIPPED, num_agents=3)
+    agents, batches = agents_and_batches(mutual, 3)
+    metrics = step_without_moving(mutual, args, agents, batches)
+    expected_metrics = {name: [values[i] for i in order] for name, values in metrics.items()}
+    expected_gradients = [gradients(agents)[i] for i in order]
+    assert len(set(metrics["mutual_kl"])) == 3
+
+    agents = [agents[i] for i in order]
+    batches = [batches[i] for i in order]
+    permuted = step_without_moving(mutual, args, agents, batches)
+    torch.testing.assert_close(permuted, expected_metrics, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients(agents), expected_gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_gradient_norm_is_clipped_for_each_agent_alone(script):
     """A bound between two agents' norms shortens the longer gradient and leaves the other as it is."""
     agents, batches = agents_and_batches(script)
     batches[0] = batches[0]._replace(returns=100 * batches[0].returns)
-    args = script.Args(device="cpu", max_grad_norm=1e9)
-    before = [row["grad_norm"] for row in step_without_moving(script, args, agents, batches)]
+    args = script.Args(device="cpu", max_grad_norm=UNCLIPPED)
+    before = step_without_moving(script, args, agents, batches)["grad_norm"]
     assert norms(agents) == pytest.approx(before, rel=1e-5)
     assert len(before) == 1 or before[0] > 2 * before[1]
 
     bound = before[0] / 1.5
-    reported = [
-        row["grad_norm"]
-        for row in step_without_moving(script, replace(args, max_grad_norm=bound), agents, batches)
-    ]
+    args = replace(args, max_grad_norm=bound)
+    reported = step_without_moving(script, args, agents, batches)["grad_norm"]
     assert reported == pytest.approx(before, rel=1e-5)  # the norms before clipping
     assert norms(agents) == pytest.approx([bound, *before[1:]], rel=1e-4)
 
@@ -261,46 +297,83 @@ def test_gradient_norm_is_clipped_for_each_agent_alone(script):
     assert norms(agents) == pytest.approx([bound] * len(agents), rel=1e-4)
 
 
+def test_the_optimizer_steps_along_the_clipped_gradient(script):
+    """Plain gradient descent of rate 1 moves each agent as far as its gradient is long."""
+    agents, batches = agents_and_batches(script)
+    before = [weight.detach().clone() for weight in parameters_of(agents)]
+    optimizer = torch.optim.SGD(parameters_of(agents), lr=1.0)
+    args = script.Args(device="cpu", max_grad_norm=0.01)
+    metrics = minibatch_step(script, agents, optimizer, batches, args, MB_INDS)
+    assert min(metrics["grad_norm"]) > 0.02
+    moves = [after - old for after, old in zip(parameters_of(agents), before)]
+    distance = sum((move**2).sum() for move in moves).sqrt().item()
+    assert distance == pytest.approx(0.01 * len(agents) ** 0.5, rel=1e-3)
+
+
+def test_a_step_changes_no_batch(script):
+    """Advantages are normalised in each minibatch, not in the batch: the next epoch would do it again."""
+    agents, batches = agents_and_batches(script)
+    before = [script.Batch(*(column.clone() for column in batch)) for batch in batches]
+    step_without_moving(script, script.Args(device="cpu"), agents, batches)
+    for batch, old in zip(batches, before):
+        assert all(torch.equal(*columns) for columns in zip(batch, old))
+
+
 def test_parts_add_up(script):
     """Metrics and gradients of a minibatch do not depend on the size of its parts."""
     agents, batches = agents_and_batches(script)
     results = []
     for part_size in (6, 4, 3, 1):
-        args = script.Args(device="cpu", max_grad_norm=1e9)
-        rows = step_without_moving(script, args, agents, batches, part_size=part_size)
-        results.append((rows, gradients(agents)))
-    for rows, grads in results[1:]:
-        torch.testing.assert_close((rows, grads), results[0], rtol=1e-3, atol=1e-5)
-
-
-def test_minibatch_is_the_rows_of_the_index(script, monkeypatch):
-    """For both agents the same rows, in the same order."""
-    agents, batches = agents_and_batches(script)
-    batches = [batch._replace(returns=torch.arange(SIZE) + 100.0 * i) for i, batch in enumerate(batches)]
-    rows, rl_loss = [], script.rl_loss
-
-    def recording(logits, new_values, mb, args):
-        rows.append(mb.returns)
-        return rl_loss(logits, new_values, mb, args)
-
-    monkeypatch.setattr(script, "rl_loss", recording)
-    step_without_moving(script, script.Args(device="cpu"), agents, batches, part_size=SIZE)
-    assert [each.tolist() for each in rows] == [(MB_INDS + 100.0 * i).tolist() for i in range(len(agents))]
+        args = script.Args(device="cpu", max_grad_norm=UNCLIPPED)
+        metrics = step_without_moving(script, args, agents, batches, part_size=part_size)
+        results.append((metrics, gradients(agents)))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-5)
 
 
 def test_optimizer_moves_every_weight(script):
     """And old gradients do not linger: a second step's gradients are not the sum of two."""
     agents, batches = agents_and_batches(script)
-    args = script.Args(device="cpu", max_grad_norm=1e9)
+    args = script.Args(device="cpu", max_grad_norm=UNCLIPPED)
     step_without_moving(script, args, agents, batches)
     once = norms(agents)
     step_without_moving(script, args, agents, batches)
     assert norms(agents) == pytest.approx(once, rel=1e-5)
 
-    before = [parameter.detach().clone() for agent in agents for parameter in agent.parameters()]
-    parameters = [parameter for agent in agents for parameter in agent.parameters()]
-    minibatch_step(script, agents, torch.optim.Adam(parameters, lr=1e-3), batches, args, MB_INDS)
-    assert not any(torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+    before = [weight.detach().clone() for weight in parameters_of(agents)]
+    optimizer = torch.optim.Adam(parameters_of(agents), lr=1e-3)
+    minibatch_step(script, agents, optimizer, batches, args, MB_INDS)
+    assert not any(torch.equal(old, new) for old, new in zip(before, parameters_of(agents), strict=True))
+
+
+def set_up(script, tmp_path, monkeypatch, **settings):
+    """Agents and optimizer as a run begins with them."""
+    monkeypatch.setattr(script, "make_envs", make_small_probes)
+    args = script.Args(**TINY | settings)
+    agents, optimizer, runners = script.set_up(args, tmp_path, CPU)
+    for runner in runners:
+        runner.close()
+    return agents, optimizer
+
+
+def test_adam_is_that_of_the_paper(script, tmp_path, monkeypatch):
+    """By hand: betas of 0.9 and 0.999, and an epsilon of 1e-5, beside gradients of that size. It has every
+    weight of every agent."""
+    agents, optimizer = set_up(script, tmp_path, monkeypatch, learning_rate=0.25)
+    before = [weight.detach().clone() for weight in parameters_of(agents)]
+    expected = 0.0
+    mean = 0.0
+    mean_square = 0.0
+    for step, gradient in enumerate([1e-5, 3e-5, -2e-5, 0.0], 1):
+        mean = 0.9 * mean + 0.1 * gradient
+        mean_square = 0.999 * mean_square + 0.001 * gradient**2
+        deviation = math.sqrt(mean_square / (1 - 0.999**step))
+        expected -= 0.25 * mean / (1 - 0.9**step) / (deviation + 1e-5)
+        for weight in parameters_of(agents):
+            weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+        for weight, old in zip(parameters_of(agents), before):
+            torch.testing.assert_close(weight, old + expected, rtol=1e-4, atol=1e-6)
 
 
 def test_update_visits_every_row_once_an_epoch(script):
@@ -309,11 +382,15 @@ def test_update_visits_every_row_once_an_epoch(script):
 
     def step(mb_inds):
         calls.append(mb_inds)
-        return torch.full((2, 3), float(len(calls)))
+        number = float(len(calls))
+        return {"first": torch.tensor([number, -number]), "second": torch.tensor([2 * number, 0.0])}
 
-    metrics = script.update(step, args, torch.device("cpu"))
+    metrics = script.update(step, args, CPU, NoProgress())
     assert [len(mb_inds) for mb_inds in calls] == [8] * 15
     epochs = [torch.cat(calls[i : i + 5]).tolist() for i in (0, 5, 10)]
     assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in [*epochs, range(40)]}) == 4  # shuffled, and anew each time
-    assert metrics.shape == (15, 2, 3) and (metrics.mean(0) == 8).all()  # the means of 1 to 15
+    numbers = np.arange(1.0, 16.0)
+    assert metrics.keys() == {"first", "second"}
+    np.testing.assert_array_equal(metrics["first"], np.stack([numbers, -numbers], axis=1))
+    np.testing.assert_array_equal(metrics["second"], np.stack([2 * numbers, 0 * numbers], axis=1))

@@ -4,9 +4,50 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+# What agent.pt of every release holds under "agent", in this order.
+NAMES = [
+    "encoder.0.weight",
+    "encoder.0.bias",
+    "encoder.2.1.weight",
+    "encoder.2.1.bias",
+    "encoder.2.3.weight",
+    "encoder.2.3.bias",
+    "encoder.3.1.weight",
+    "encoder.3.1.bias",
+    "encoder.3.3.weight",
+    "encoder.3.3.bias",
+    "encoder.4.weight",
+    "encoder.4.bias",
+    "encoder.6.1.weight",
+    "encoder.6.1.bias",
+    "encoder.6.3.weight",
+    "encoder.6.3.bias",
+    "encoder.7.1.weight",
+    "encoder.7.1.bias",
+    "encoder.7.3.weight",
+    "encoder.7.3.bias",
+    "encoder.8.weight",
+    "encoder.8.bias",
+    "encoder.10.1.weight",
+    "encoder.10.1.bias",
+    "encoder.10.3.weight",
+    "encoder.10.3.bias",
+    "encoder.11.1.weight",
+    "encoder.11.1.bias",
+    "encoder.11.3.weight",
+    "encoder.11.3.bias",
+    "encoder.14.weight",
+    "encoder.14.bias",
+    "actor.weight",
+    "actor.bias",
+    "critic.weight",
+    "critic.bias",
+]
 
-def random_obs(num: int):
-    return torch.randint(256, (num, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+def random_obs(num: int, *shape: int):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (num, *(shape or (64, 64, 3))), dtype=torch.uint8, generator=generator)
 
 
 @pytest.mark.parametrize(
@@ -18,7 +59,7 @@ def test_number_of_parameters(script, channels, number):
 
 
 def test_order_and_shapes_of_parameters(script):
-    """Files of pretrained encoders depend on this order."""
+    """Saved agents and pretrained encoders depend on them."""
     expected = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 32)):
         for each in (inputs, *[outputs] * 4):  # the stage's own convolution and those of two residual blocks
@@ -26,6 +67,7 @@ def test_order_and_shapes_of_parameters(script):
     expected += [(256, 2048), (256,), (15, 256), (15,), (1, 256), (1,)]
     agent = script.Agent()
     assert [tuple(parameter.shape) for parameter in agent.parameters()] == expected
+    assert list(agent.state_dict()) == NAMES
     heads = [*agent.actor.parameters(), *agent.critic.parameters()]
     parts = [*agent.encoder.parameters(), *heads]
     assert all(one is other for one, other in zip(parts, agent.parameters(), strict=True))
@@ -33,19 +75,39 @@ def test_order_and_shapes_of_parameters(script):
 
 def test_shapes_of_outputs(script):
     logits, value = script.Agent()(random_obs(5))
-    assert logits.shape == (5, 15) and value.shape == (5,)
+    assert logits.shape == (5, 15)
+    assert value.shape == (5,)
     assert logits.dtype == value.dtype == torch.float32
 
 
 def test_other_channels_and_actions(script):
     agent = script.Agent(num_actions=7, channels=(4, 6, 8))
     logits, value = agent(random_obs(1))
-    assert logits.shape == (1, 7) and value.shape == (1,)
-    assert [p.shape[0] for p in agent.encoder.parameters() if p.dim() == 4] == [4] * 5 + [6] * 5 + [8] * 5
+    assert logits.shape == (1, 7)
+    assert value.shape == (1,)
+    widths = [weight.shape[0] for weight in agent.encoder.parameters() if weight.dim() == 4]
+    assert widths == [4] * 5 + [6] * 5 + [8] * 5
+
+
+@pytest.mark.parametrize(
+    ("shape", "features"),  # three times half as high and wide, rounded up, in 8 channels
+    [((24, 16, 1), 3 * 2 * 8), ((8, 8, 3), 8), ((1, 1, 2), 8), ((65, 84, 4), 9 * 11 * 8)],
+)
+def test_observations_of_any_size(script, shape, features):
+    agent = script.Agent(channels=(4, 4, 8), obs_shape=shape)
+    logits, value = agent(random_obs(3, *shape))
+    assert logits.shape == (3, 15)
+    assert value.shape == (3,)
+    weights = dict(agent.named_parameters())
+    assert weights["encoder.0.weight"].shape == (4, shape[2], 3, 3)
+    assert weights["encoder.14.weight"].shape == (256, features)
+    value.sum().backward()
+    assert weights["encoder.0.weight"].grad.any()
 
 
 def test_uint8_is_float_of_the_same_numbers(script):
-    agent, obs = script.Agent(), random_obs(3)
+    agent = script.Agent()
+    obs = random_obs(3)
     for from_uint8, from_float in zip(agent(obs), agent(obs.float()), strict=True):
         torch.testing.assert_close(from_uint8, from_float, rtol=0, atol=0)
 
@@ -55,10 +117,12 @@ def test_initialisation(script):
     for all else."""
     torch.manual_seed(0)
     agent = script.Agent()
-    actor, critic = agent.actor.weight.detach(), agent.critic.weight.detach()
+    actor = agent.actor.weight.detach()
+    critic = agent.critic.weight.detach()
     torch.testing.assert_close(actor @ actor.T, 0.01**2 * torch.eye(15), rtol=0, atol=1e-9)
     torch.testing.assert_close(critic.norm(), torch.tensor(1.0))
-    assert not agent.actor.bias.any() and not agent.critic.bias.any()
+    assert not agent.actor.bias.any()
+    assert not agent.critic.bias.any()
     parameters = list(agent.encoder.parameters())
     for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
         bound = weight[0].numel() ** -0.5
@@ -69,18 +133,39 @@ def test_initialisation(script):
 def test_is_the_impala_cnn(script):
     """Every layer where the specification has it, from the parameters in their order."""
     torch.manual_seed(0)
-    agent, obs = script.Agent(channels=(4, 6, 8)), random_obs(2)
+    agent = script.Agent(channels=(4, 6, 8))
+    obs = random_obs(2)
     agent.actor.weight.data *= 100
     weights = iter(agent.parameters())
     x = obs.permute(0, 3, 1, 2).float() / 255
     for _ in range(3):
-        x = F.max_pool2d(F.conv2d(x, next(weights), next(weights), padding=1), 3, stride=2, padding=1)
+        x = F.conv2d(x, next(weights), next(weights), padding=1)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
         for _ in range(2):
             inner = F.conv2d(F.relu(x), next(weights), next(weights), padding=1)
             x = x + F.conv2d(F.relu(inner), next(weights), next(weights), padding=1)
-    hidden = F.relu(F.linear(F.relu(x.flatten(1)), next(weights), next(weights)))
+    features = F.relu(x.flatten(1))
+    hidden = F.relu(F.linear(features, next(weights), next(weights)))
     expected_logits = F.linear(hidden, next(weights), next(weights))
     expected_value = F.linear(hidden, next(weights), next(weights))[:, 0]
     logits, value = agent(obs)
-    torch.testing.assert_close(logits, expected_logits)
-    torch.testing.assert_close(value, expected_value)
+    # float32, computed by other kernels
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(value, expected_value, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_stays_within_the_encoder(script):
+    """Switched on, it rounds what the heads get, and these compute in float32 as before."""
+    torch.manual_seed(0)
+    agent = script.Agent(channels=(4, 4, 4))
+    obs = random_obs(8)
+    exact = agent(obs)
+    agent.bf16 = True
+    inside = []
+    agent.encoder.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
+    rounded = agent(obs)
+    assert inside == [torch.bfloat16]
+    assert [each.dtype for each in rounded] == [torch.float32] * 2
+    for one, other in zip(rounded, exact):
+        assert not torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.01)

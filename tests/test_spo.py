@@ -21,7 +21,8 @@ def gradient(loss, ratio: float, advantage: float) -> float:
 @BOTH
 def test_value_by_hand(loss):
     """Ratio 1.1, A 2: 1.1 * 2 - 2 * 0.01 / 0.4 = 2.15. Ratio 0.5, A -1: -0.5 - 0.25 / 0.4 = -1.125."""
-    ratio, advantages = torch.tensor([1.1, 0.5]), torch.tensor([2.0, -1.0])
+    ratio = torch.tensor([1.1, 0.5])
+    advantages = torch.tensor([2.0, -1.0])
     assert loss(ratio[:1], advantages[:1], EPS).item() == pytest.approx(-2.15)
     assert loss(ratio, advantages, EPS).item() == pytest.approx(-(2.15 - 1.125) / 2)
 
@@ -43,5 +44,7 @@ def test_equals_the_formula_on_random_input(loss):
     generator = torch.Generator().manual_seed(0)
     ratio = torch.rand(1000, generator=generator, dtype=torch.float64) * 3
     advantages = torch.randn(1000, generator=generator, dtype=torch.float64)
-    terms = [r * a - abs(a) * (r - 1) ** 2 / (2 * EPS) for r, a in zip(ratio.tolist(), advantages.tolist())]
+    terms = []
+    for r, a in zip(ratio.tolist(), advantages.tolist()):
+        terms.append(r * a - abs(a) * (r - 1) ** 2 / (2 * EPS))
     assert loss(ratio, advantages, EPS).item() == pytest.approx(-sum(terms) / 1000, rel=1e-12)
