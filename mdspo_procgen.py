@@ -845,7 +845,7 @@ def set_up(args: Args, run_dir: Path, device, global_step: int = 0, encoder: dic
     for runner in runners:
         agent = Agent(channels=args.channels, obs_shape=runner.obs_shape).to(device)
         if encoder:
-            agent.encoder.load_state_dict(encoder)
+            load_encoder(agent, encoder)
         agent.encoder.requires_grad_(not args.freeze_encoder)
         agents.append(agent)
         weights += [weight for weight in agent.parameters() if weight.requires_grad]
@@ -1115,13 +1115,24 @@ def read_encoder(args: Args) -> tuple[tuple[int, int, int], dict]:
         for name, weight in content["agent"].items():
             if name.startswith("encoder."):
                 weights[name.removeprefix("encoder.")] = weight
-        Agent(channels=channels).encoder.load_state_dict(weights)
+        for name, expected in Agent(channels=channels).encoder.state_dict().items():
+            is_kernel = expected.dim() == 4  # whose shape does not depend on the size of the pictures
+            if is_kernel and weights[name].shape != expected.shape:
+                raise ValueError(name)
     except Exception as error:  # a part is missing, or its shape is not what the file says
         reason = "it has no encoder of the channels that it names"
         raise Failure(f"--pretrained-encoder cannot use {path}: {reason}") from error
     if args.channels not in (Args.channels, channels):
         raise Failure(f"--channels must be {channels}, as in {path}: leave it out")
     return channels, weights
+
+
+def load_encoder(agent: Agent, weights: dict):
+    try:
+        agent.encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = "its encoder does not fit, and may be for pictures of another size"
+        raise Failure(f"--pretrained-encoder: {reason}: {first_line(error)}") from error
 
 
 def open_run(args: Args, checkpoint_path: Path | None) -> tuple[Path, object]:

@@ -183,7 +183,6 @@ def test_channels_are_those_of_the_file(two, source, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="an encoder is read as one of pictures of 64 x 64")
 def test_an_encoder_of_other_pictures(two, tmp_path):
     """Environments of one's own may have them: the encoder fits if it comes from the same."""
     agent = two.Agent(channels=(4, 6, 8), obs_shape=(16, 16, 3))
