@@ -24,7 +24,6 @@ import toy_example
 from command_line import Failure, run_tool
 from toy_example import Batch, Settings
 
-
 # Who copies whom.
 
 

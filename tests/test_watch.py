@@ -1,6 +1,7 @@
 """Videos of agents at play: the same levels side by side, the episodes' ends, the files, the errors."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from common import ROOT, SCRIPTS, error_message, make_agents, save_agent
 from PIL import Image
+from procgen import ProcgenGym3Env
 
 import mdpo_procgen
 
@@ -85,6 +87,20 @@ def test_episode(checkpoints):
         assert player.env.get_info()[0]["level_seed"] != player.level
         player.step(1000)
         assert player.steps == len(rewards)
+    player.begin()
+    assert player.total == 0
+
+
+@pytest.mark.parametrize("mode", ["easy", "hard"])
+def test_game_and_mode(mode, tmp_path):
+    """Are the agent's own."""
+    (agent,) = make_agents(mdpo_procgen, 1)
+    path = save_agent(tmp_path / "agent.pt", agent, env_id="maze", distribution_mode=mode)
+    player = make_player(path, seed=3)
+    for other_mode in ("easy", "hard"):
+        env = ProcgenGym3Env(1, "maze", distribution_mode=other_mode, num_levels=0, rand_seed=3)
+        same = np.array_equal(player.env.observe()[1]["rgb"], env.observe()[1]["rgb"])
+        assert same == (mode == other_mode)
 
 
 def test_each_step_shows_the_state_that_it_led_to(checkpoints):
@@ -228,6 +244,7 @@ def test_files(checkpoints, tmp_path, monkeypatch, capsys):
     gif = Image.open("videos/fruitbot.gif")
     shape = (4 * watch.WIDTH) / (2 * watch.HEIGHT)
     assert gif.size[0] / gif.size[1] == pytest.approx(shape, abs=0.03)
+    assert gif.size[1] == 2 * watch.GIF_SIZES[0].height
     assert abs(gif.n_frames - 10 * 4 / 2) <= 2  # four frames at two a second, ten of the GIF's a second
     red, green, blue = np.asarray(gif.convert("RGB")).mean((0, 1))
     assert min(red, green, blue) > 10  # pictures, not black
@@ -242,6 +259,35 @@ def test_gif_is_made_smaller(checkpoints, tmp_path, monkeypatch):
         assert output.stat().st_size <= limit
         sizes.append(Image.open(output).size)
     assert sizes[1] < sizes[0]
+
+
+def test_gif_is_made_shorter(checkpoints, tmp_path, monkeypatch):
+    """Four frames at two a second are two seconds, of which it shows one, ten frames a second."""
+    monkeypatch.setattr(watch, "FRAMES_PER_SECOND", 2)
+    monkeypatch.setattr(watch, "GIF_SIZES", [watch.GifSize(height=64, seconds=1)])
+    watch.main(watch.Args((checkpoints[0],), episodes=1, max_steps=2, output=tmp_path / "film"))
+    gif = Image.open(tmp_path / "film.gif")
+    assert gif.size[1] == 64 and abs(gif.n_frames - 10) <= 1
+
+
+def test_seed_and_episodes(checkpoints, monkeypatch, capsys):
+    """The same levels and the same actions with the same seed, as many levels as told."""
+    monkeypatch.setattr(watch, "FRAMES_PER_SECOND", 1)
+    monkeypatch.setattr(watch, "write_gif", lambda *_: None)
+
+    def film(seed: int, episodes: int) -> list[np.ndarray]:
+        films = []
+        monkeypatch.setattr(watch, "write_video", lambda ffmpeg, path, frames, num: films.extend(frames))
+        watch.main(watch.Args((checkpoints[0],), episodes=episodes, max_steps=6, seed=seed))
+        return films
+
+    first = film(seed=7, episodes=2)
+    levels = re.findall("^level ([0-9]+): ", capsys.readouterr().out, re.M)
+    assert len(first) == 2 * (6 + 1) and len(set(levels)) == 2
+    assert np.array_equal(first, film(seed=7, episodes=2))
+    others = film(seed=8, episodes=1)
+    assert len(others) == 6 + 1 and not np.array_equal(first[0], others[0])
+    assert levels[0] not in capsys.readouterr().out.splitlines()[-2]
 
 
 def test_ffmpeg_that_fails(tmp_path):
