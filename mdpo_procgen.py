@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import ctypes
 import fcntl
-import glob
 import importlib.util
 import io
 import json
@@ -64,7 +63,7 @@ MODES = {
 
 
 class Range(NamedTuple):
-    """Of a number on the command line, both ends included."""
+    """Limits of a number on the command line, both included."""
 
     low: float
     high: float
@@ -131,13 +130,12 @@ class Args:
                 f"--distribution-mode must be {' or '.join(modes)} for {self.env_id}, not {mode}"
             )
         if not re.fullmatch(r"[\w.+=-]{1,99}", self.exp_name):
-            raise ValueError(f"--exp-name must be 1 to 99 of a-z, 0-9, _.+=-, not {self.exp_name}")
+            raise ValueError(f"--exp-name must be 1 to 99 letters, digits or _.+=-, not {self.exp_name}")
         if self.num_levels == 0 and self.start_level > 0:
             raise ValueError(f"--start-level must be 0 with --num-levels 0, not {self.start_level}")
         if self.start_level + self.num_levels >= 2**31:
             raise ValueError("--start-level and --num-levels must have a sum below 2147483648")
-        if min(self.channels) < 1 or max(self.channels) > 4096:
-            raise ValueError(f"--channels must be three numbers from 1 to 4096, not {self.channels}")
+        check_channels(self.channels)
         if self.freeze_encoder and not self.pretrained_encoder:
             raise ValueError("--freeze-encoder needs --pretrained-encoder")
         find_device(self.device)
@@ -166,6 +164,11 @@ def check_ranges(args):
                 raise ValueError(f"{flag} must be from {limits.low} to {limits.high}, not {value}")
 
 
+def check_channels(channels: tuple[int, ...]):
+    if len(channels) != 3 or min(channels) < 1 or max(channels) > 4096:
+        raise ValueError(f"--channels must be three numbers from 1 to 4096, not {channels}")
+
+
 def find_device(name: str) -> torch.device:
     """The device that --device names. ValueError if there is none."""
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
@@ -186,19 +189,8 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def usable_device(name: str) -> str:
-    """The --device of a run that may come from another machine, or what there is here."""
-    for candidate in (name, "auto"):
-        try:
-            find_device(candidate)
-            return candidate
-        except ValueError:
-            continue
-    return "cpu"
-
-
 def can_import(package: str) -> bool:
-    """A folder of that name, such as wandb/ with its runs, is no package: it has no origin."""
+    """Whether a package is installed; a mere folder of that name, as wandb/ with its runs, has no origin."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 
@@ -438,8 +430,8 @@ class EnvGroup(NamedTuple):
 
 def rollout(policies: list, runners: list, progress):
     """Plays num_steps steps, policies[i] in the environments of runners[i], and fills all their columns but
-    advantages and returns. A policy is `act`, of obs. One group of environments steps in the background while
-    the network acts for the next."""
+    advantages and returns. policies[i](obs) returns what `act` returns. One group of environments steps in
+    the background while the network acts for the next."""
     turns = [(policy, group) for policy, runner in zip(policies, runners) for group in runner.groups]
     num_steps = len(runners[0].rewards) - 1
     for step in range(num_steps + 1):
@@ -472,8 +464,8 @@ def backward_in_parts(loss_function, part_size: int, agents: list[Agent], mbs: l
 
 
 def minibatch_step(backward, agents: list[Agent], optimizer, batches: list[Batch], args: Args, mb_inds):
-    """One gradient step on the rows mb_inds of each agent's batch. `backward` is backward_in_parts, of the
-    agents, their minibatches and args. Returns metrics by name, each (num_agents,)."""
+    """One gradient step on the rows mb_inds of each agent's batch. backward(agents, mbs, args) adds the
+    gradients and returns metrics. Returns metrics by name, each (num_agents,)."""
     mbs = []
     for batch in batches:
         mb = Batch(*(column[mb_inds] for column in batch))
@@ -488,15 +480,15 @@ def minibatch_step(backward, agents: list[Agent], optimizer, batches: list[Batch
 
 
 def update(gradient_step, args: Args, device, progress) -> dict[str, np.ndarray]:
-    """Passes over the batch in shuffled minibatches. `gradient_step` is minibatch_step, of mb_inds. Returns
+    """Passes over the batch in shuffled minibatches; gradient_step(mb_inds) is one minibatch_step. Returns
     metrics by name, each float32 (number of steps, num_agents)."""
     steps = []
     for _ in range(args.update_epochs):
         for mb_inds in torch.randperm(args.batch_size, device=device).split(args.minibatch_size):
             steps.append(gradient_step(mb_inds))
             progress.advance(progress.share_of_minibatch)
-    columns = {name: torch.stack([metrics[name] for metrics in steps]) for name in steps[0]}
-    return {name: column.cpu().numpy() for name, column in columns.items()}  # waits for the device
+    stacked = {name: torch.stack([metrics[name] for metrics in steps]) for name in steps[0]}
+    return {name: values.cpu().numpy() for name, values in stacked.items()}  # waits for the device
 
 
 def evaluate(policy, envs, episodes_per_env: int, device, stop, bar) -> np.ndarray:
@@ -549,9 +541,9 @@ class Runner:
         self.rewards = np.zeros(shape, np.float32)
         self.dones = np.zeros(shape, bool)
         self.groups = []
-        for seed, columns in zip(seeds[2:], torch.arange(args.num_envs).chunk(num_groups)):
-            part = slice(int(columns[0]), int(columns[-1]) + 1)
-            envs = make_envs(args, len(columns), *levels, seed)
+        for seed, env_inds in zip(seeds[2:], torch.arange(args.num_envs).chunk(num_groups)):
+            part = slice(int(env_inds[0]), int(env_inds[-1]) + 1)
+            envs = make_envs(args, len(env_inds), *levels, seed)
             data = Batch(*(column[:, part] for column in self.data))
             rewards = self.rewards[:, part]
             dones = self.dones[:, part]
@@ -559,7 +551,7 @@ class Runner:
 
         self.normalizer = RewardNormalizer(args.num_envs, args.gamma)
         self.episodes = np.zeros((2, args.num_envs))  # raw return and length of those under way
-        self.train_return = math.nan  # as last logged, and so the next
+        self.train_return = math.nan  # mean raw return, as last logged, as is the next
         self.test_return = math.nan
         next_step = global_step + 1
         self.writer = SummaryWriter(
@@ -678,7 +670,8 @@ class Stop:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         when = self.progress.time_left() if self.progress else ""
-        print(f"\nstopping{when}; once more stops at once", file=sys.stderr, flush=True)
+        message = f"\nstopping{when}; once more stops at once\n"
+        os.write(sys.stderr.fileno(), message.encode())  # print might be at work in the interrupted line
 
 
 def make_bar(**options) -> tqdm:
@@ -736,8 +729,9 @@ class Progress:
 
 
 def prepare_torch(args: Args, device):
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(args.seed)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
     torch.backends.cudnn.allow_tf32 = args.bf16  # off, float32 is float32
@@ -760,7 +754,8 @@ def keep_freed_memory():
 
 
 def has_fast_bf16(device) -> bool:
-    """Others emulate bfloat16, and crawl. On a CPU oneDNN answers first, then the processor."""
+    """Whether the device computes in bfloat16; one that emulates it crawls. On a CPU oneDNN is asked first,
+    then the processor."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
@@ -792,6 +787,7 @@ class CudaGraph:
     def __init__(self, function, advice: str):
         self.function = function
         self.advice = advice  # for one whose graph cannot be captured
+        self.stream = torch.cuda.Stream()
         self.num_calls = Counter()
         self.graphs = {}
         self.off = False
@@ -813,22 +809,23 @@ class CudaGraph:
         return tuple(output.clone() for output in outputs)
 
     def warm_up(self, x):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):
-                outputs = self.function(x)
+            with torch.cuda.stream(self.stream):
+                return self.function(x)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             print(f"CUDA graphs are off: {first_line(error)}", flush=True)
             self.off = True
-            return self.function(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        return outputs
+        finally:
+            torch.cuda.current_stream().wait_stream(self.stream)
+        return self.function(x)
 
     def capture(self, static_x):
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.stream):
                 outputs = self.function(static_x)
         except RuntimeError as error:  # in the middle of a capture, which this process may not get over
             raise Failure(f"no CUDA graph: {first_line(error)}; {self.advice}") from error
@@ -857,8 +854,8 @@ def set_up(args: Args, run_dir: Path, device, global_step: int = 0, encoder: dic
 
 def speed_up(args: Args, agents: list[Agent], optimizer, runners, device, run_dir: Path):
     """The fast path, which wraps the functions above: --no-bf16 --no-compile --no-cudagraphs leaves them as
-    they are. Returns the agents that play, to be given the newest weights, the policy of each, which is `act`
-    of obs, and minibatch_step of mb_inds."""
+    they are. Returns the agents that play, in bfloat16 copies or the agents themselves; for each of them a
+    policy, which returns what `act` returns at obs; and gradient_step(mb_inds), one minibatch_step."""
     cuda = device.type == "cuda"
     bf16 = args.bf16 and has_fast_bf16(device)
     for agent in agents:
@@ -937,7 +934,7 @@ class Position:
 
     iteration: int = 0  # the last that is finished
     global_step: int = 0  # environment steps of each agent
-    test_due: bool = False  # a signal has cut its test short
+    test_due: bool = False  # a test comes before the next iteration
 
 
 CHECKPOINT_FORMAT = 2
@@ -947,7 +944,7 @@ FIXED = [
     "env_id",
     "exp_name",
     "seed",
-    "num_agents",
+    "num_agents",  # of the mutual scripts
     "num_envs",
     "num_eval_envs",
     "num_levels",
@@ -964,8 +961,11 @@ def find_checkpoint(resume: str, env_id: str, exp_name: str, seed) -> Path | Non
     if resume == "":
         return None
     if resume == "auto":
-        name = glob.escape(f"{env_id}__{exp_name}__{seed}__")
-        runs = Path("runs").glob(f"{name}{10 * '[0-9]'}/checkpoint.pt")
+        name = f"{env_id}__{exp_name}__{seed}"
+        if not re.fullmatch(r"[\w.+=-]+", name):
+            return None  # Args will say which of the three cannot be
+        unix_time = "[0-9]" * 10
+        runs = Path("runs").glob(f"{name}__{unix_time}/checkpoint.pt")
         return max(runs, key=os.path.getmtime, default=None)
     path = Path(resume)
     return path / "checkpoint.pt" if path.is_dir() else path
@@ -978,6 +978,9 @@ def read_checkpoint(path: Path) -> dict:
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         formats = f"format {checkpoint['format']}; this script writes and reads format {CHECKPOINT_FORMAT}"
         raise Failure(f"--resume: {path} has {formats}")
+    missing = {"position", "agents", "optimizer", "runners", "generators"} - checkpoint.keys()
+    if missing:
+        raise Failure(f"--resume cannot read {path}: it is damaged, without {' and '.join(sorted(missing))}")
     return checkpoint
 
 
@@ -989,6 +992,8 @@ def read_position(args: Args, path: Path, checkpoint: dict) -> Position:
         raise Failure(
             f"--total-timesteps must be at least {steps}, where {path} is, not {args.total_timesteps}"
         )
+    if args.eval_interval == 0:
+        position.test_due = False
     return position
 
 
@@ -1069,8 +1074,10 @@ def set_generators(states: dict):
 def load_optimizer(optimizer, states: dict):
     """Puts Adam's moments into the memory layout of their weights, which depends on device and precision: on
     the CPU the fused Adam does not look at strides."""
+    if not states:
+        return  # no step has been taken
     weights = optimizer.param_groups[0]["params"]
-    for weight, state in zip(weights, states.values(), strict=len(states) > 0):
+    for weight, state in zip(weights, states.values(), strict=True):
         optimizer.state[weight] = {
             "step": state["step"].to(weight.device),
             "exp_avg": torch.empty_like(weight).copy_(state["exp_avg"]),
@@ -1078,21 +1085,25 @@ def load_optimizer(optimizer, states: dict):
         }
 
 
-def saved_settings(path: Path, checkpoint: dict) -> Args:
-    """Those of a checkpoint. Failure if this script cannot have them."""
+def saved_settings(path: Path, checkpoint: dict, device: str | None) -> Args:
+    """The settings in a checkpoint, which may come from another machine: on `device`, if one is given, and
+    without --track where that cannot be. Failure if this script cannot have them."""
     try:
         settings = dict(checkpoint["args"])
-        settings["device"] = usable_device(settings["device"])
+        settings["device"] = device or settings["device"]
+        if settings["device"] != "cpu" and torch.cuda.device_count() == 0:
+            settings["device"] = "auto"
+        settings["track"] = settings["track"] and can_import("wandb")
         return Args(**settings)
     except Exception as error:  # anything can be in there
         raise Failure(f"--resume: {first_line(error)}, with the settings in {path}") from error
 
 
-def check_changes(args: Args, saved: Args, path: Path):
+def check_changes(args: Args, saved: dict, path: Path):
     """Prints which settings are not those of the checkpoint. Failure if one of them cannot be changed."""
     changes = []
     for name, value in asdict(args).items():
-        before = getattr(saved, name)
+        before = saved.get(name, value)
         if name == "resume" or value == before:
             continue
         flag = "--" + name.replace("_", "-")
@@ -1111,7 +1122,8 @@ def read_encoder(args: Args) -> tuple[tuple[int, int, int], dict]:
     content = read_torch(Path(path), "--pretrained-encoder", {"script", "args", "agent"})
     weights = {}
     try:
-        channels = Args(channels=tuple(content["args"]["channels"])).channels
+        channels = tuple(content["args"]["channels"])
+        check_channels(channels)
         for name, weight in content["agent"].items():
             if name.startswith("encoder."):
                 weights[name.removeprefix("encoder.")] = weight
@@ -1139,6 +1151,8 @@ def open_run(args: Args, checkpoint_path: Path | None) -> tuple[Path, object]:
     """Makes the run folder, or finds that of a checkpoint, and locks it. Returns folder and lock."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = checkpoint_path.parent if checkpoint_path else Path("runs", name)
+    if checkpoint_path and not checkpoint_path.is_file():
+        raise Failure(f"--resume cannot read {checkpoint_path}: there is no such file")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
@@ -1154,24 +1168,29 @@ def track(args: Args, run_dir: Path):
     """Copies the curves to Weights & Biases, of all that is written from now on."""
     import wandb
 
-    wandb.init(
-        project=args.wandb_project_name,
-        entity=args.wandb_entity,
-        id=run_dir.name,
-        resume="allow",
-        config=asdict(args),
-        sync_tensorboard=True,
-    )
+    try:
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            id=run_dir.name,
+            resume="allow",
+            config=asdict(args),
+            sync_tensorboard=True,
+        )
+    except Exception as error:  # no login, no network
+        raise Failure(f"--track: {first_line(error)}") from error
 
 
-def check_finite(metrics: dict[str, np.ndarray], iteration: int, advice: str):
-    """Failure if any number is not, and which was the first. metrics as `update` returns them."""
+def check_finite(metrics: dict[str, np.ndarray], runners: list[Runner], iteration: int, advice: str):
+    """Raises Failure if a metric is not finite, and names the first. metrics as `update` returns them."""
     table = np.stack(list(metrics.values()), axis=-1)
     wrong = np.argwhere(~np.isfinite(table))
     if len(wrong) > 0:
         step, agent, column = wrong[0]
         name = list(metrics)[column]
         value = table[step, agent, column]
+        for runner in runners:
+            runner.writer.flush()  # the curves that lead there
         raise Failure(f"{name} of agent {agent + 1} is {value} in iteration {iteration}; {advice}")
 
 
@@ -1264,12 +1283,15 @@ def parse_args() -> Args:
     parser.add_argument("--env-id", "--env_id", nargs="?", default=Args.env_id)
     parser.add_argument("--exp-name", "--exp_name", nargs="?", default=Args.exp_name)
     parser.add_argument("--seed", nargs="?", default=Args.seed)
+    parser.add_argument("--device", nargs="?")
     given, _ = parser.parse_known_args()
     path = find_checkpoint(given.resume or "", given.env_id, given.exp_name, given.seed)
     options = {"prog": Path(__file__).name, "description": __doc__}
     if path:
-        options["default"] = saved_settings(path, read_checkpoint(path))
+        options["default"] = saved_settings(path, read_checkpoint(path), given.device)
     args = tyro.cli(Args, **options)
+    if args.resume == "auto" and path is None:
+        print("--resume auto: there is no such run yet, so this is a new one", flush=True)
     return replace(args, resume=str(path or ""))
 
 
@@ -1282,23 +1304,23 @@ def main(args: Args, stop: Stop | None = None):
     checkpoint = None
     encoder = None
     position = Position()
-    if found:
-        checkpoint = read_checkpoint(found)
-        check_changes(args, saved_settings(found, checkpoint), found)
-        position = read_position(args, found, checkpoint)
-    elif args.pretrained_encoder:
+    if args.pretrained_encoder and not found:
         channels, encoder = read_encoder(args)
         args = replace(args, channels=channels)
+    run_dir, _lock = open_run(args, found)  # which is held until main returns
+    print(f"run folder: {run_dir}", flush=True)
+    if found:
+        checkpoint = read_checkpoint(found)
+        check_changes(args, checkpoint["args"], found)
+        position = read_position(args, found, checkpoint)
     args = replace(args, resume="")
     prepare_torch(args, device)
-    run_dir, _lock = open_run(args, found)
-    print(f"run folder: {run_dir}", flush=True)
     if args.track:
         track(args, run_dir)
 
     agents, optimizer, runners = set_up(args, run_dir, device, position.global_step, encoder)
     players, policies, gradient_step = speed_up(args, agents, optimizer, runners, device, run_dir)
-    checkpoints = Checkpoints(found or run_dir / "checkpoint.pt", args, agents, optimizer, runners)
+    checkpoints = Checkpoints(run_dir / "checkpoint.pt", args, agents, optimizer, runners)
     if checkpoint:
         checkpoints.load(checkpoint)
     else:
@@ -1321,7 +1343,7 @@ def main(args: Args, stop: Stop | None = None):
                 copy_weights(agents, players)
                 position.iteration += 1
                 position.global_step += args.batch_size
-                check_finite(metrics, position.iteration, checkpoints.last_good)
+                check_finite(metrics, runners, position.iteration, checkpoints.last_good)
                 progress.end_iteration()
 
                 sps = (position.global_step - first_step) / (time.time() - start_time)
@@ -1354,19 +1376,19 @@ def run_from_shell():
     """What is wrong with a file, a disk or the memory is one line, with exit status 2."""
     threading.excepthook = pass_over_writer_errors
     stop = Stop()
+    stop.catch_signals()
     try:
-        args = parse_args()
-        stop.catch_signals()
-        main(args, stop)
+        main(parse_args(), stop)
         return
-    except Failure as failure:  # the checkpoint before it is whole
+    except Failure as failure:
         message = str(failure)
     except OSError as error:
-        message = f"{error.filename or 'cannot write the curves'}: {error.strerror}"
+        message = f"{error.filename or 'cannot write'}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        message = "out of memory: smaller --num-envs, --num-steps, --num-eval-envs or --channels would do"
+        smaller = "smaller --num-envs, --num-steps, --num-eval-envs or --channels"
+        message = f"out of memory: {smaller}, or more --num-minibatches, would do"
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 

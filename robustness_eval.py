@@ -113,7 +113,7 @@ FOR_ESTIMATE = 4
 
 
 class Range(NamedTuple):
-    """Of a number on the command line, both ends included."""
+    """Limits of a number on the command line, both included."""
 
     low: float
     high: float

@@ -23,7 +23,7 @@ def fail(message: str):
 
 
 class Range(NamedTuple):
-    """Of a number on the command line, both ends included."""
+    """Limits of a number on the command line, both included."""
 
     low: float
     high: float

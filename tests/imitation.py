@@ -115,7 +115,7 @@ def refuse(*args, **kwargs):
 
 
 @contextmanager
-def graph(graph: Graph):
+def graph(graph: Graph, stream=None):
     """torch.cuda.graph: a capture."""
     generator = torch.get_rng_state()
     capture = Capture()
