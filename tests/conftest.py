@@ -22,3 +22,9 @@ def script(request):
 @pytest.fixture(params=MUTUAL)
 def mutual(request):
     return importlib.import_module(request.param)
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """In a narrow one tyro would break its messages in the middle of a word."""
+    monkeypatch.setenv("COLUMNS", "1000")
