@@ -986,7 +986,10 @@ def read_checkpoint(path: Path) -> dict:
 
 def read_position(args: Args, path: Path, checkpoint: dict) -> Position:
     """Where a checkpoint is. Failure if that is beyond --total-timesteps."""
-    position = Position(**checkpoint["position"])
+    try:
+        position = Position(**checkpoint["position"])
+    except TypeError as error:
+        raise Failure(f"--resume cannot read {path}: it is damaged: {first_line(error)}") from error
     steps = position.global_step
     if steps > args.total_timesteps:
         raise Failure(

@@ -199,12 +199,7 @@ def assert_untouched(folder: Path, before: dict[str, bytes]):
     assert [path for path in after.keys() - before.keys() if "events" not in path] == []
 
 
-# Whole files of ours with another position in them, which only a hand can have made, end in a traceback.
-NOT_YET = pytest.mark.xfail(strict=True, reason="the position is read without a check")
-KINDS = [pytest.param(kind, marks=NOT_YET if kind == "another position" else ()) for kind in DAMAGED]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DAMAGED)
 def test_damaged_file(stopped, tmp_path, kind):
     stopped.path.write_bytes(DAMAGED[kind](stopped.good))
     before = snapshot(tmp_path)
