@@ -3,7 +3,8 @@
 Trains each method on the first n of many renderings of one MDP (renderings.py), and computes by linear solves
 what the theory speaks of, on all renderings: eta, zeta and their gap, R, and both sides of its bounds. Each
 training is a file in the output folder; those that are there are not made again. Then it prints a table and
-draws the figures.
+draws the figures. The settings below are a first choice by PPO alone (results/renderings_trials.md): what
+they show of the methods is not measured yet.
 
     python benchmark/theory.py --quick
 """
