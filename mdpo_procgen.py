@@ -97,7 +97,7 @@ class Args:
     max_grad_norm: Positive = 0.5  # longer gradients are scaled down to this norm
     distill_coef: Weight = 1.0  # weight of the mutual distillation
     detach_peer: bool = False  # distil into the agent alone, without gradient for its peers
-    num_agents: Annotated[int, Range(2, 16)] = 2  # that learn from each other
+    num_agents: Annotated[int, Range(2, 16)] = 2  # agents that learn from each other
     channels: tuple[int, int, int] = (16, 32, 32)  # width of the encoder's three stages
     pretrained_encoder: str = ""  # agent.pt whose encoder, and its channels, to begin with
     freeze_encoder: bool = False  # train actor and critic alone
