@@ -22,12 +22,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from command_line import Range, check_ranges, fail, run_tool
+from helpers import ROOT, Range, check_ranges, fail, run_tool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import ppo_procgen  # noqa: E402
+from ppo_procgen import Args as TrainingArgs
 
 CURVE = "charts/SPS"
 Repeats = Annotated[int, Range(1, 10**6)]
@@ -52,7 +50,7 @@ class Args:
 
     def __post_init__(self):
         check_ranges(self)
-        ppo_procgen.Args(**self.settings())  # which checks them
+        TrainingArgs(**self.settings())  # which checks them
 
     def settings(self) -> dict:
         """What both scripts are told."""

@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from command_line import Range, check_folder, check_ranges, fail, replacing, run_tool
+from helpers import Range, check_folder, check_ranges, fail, replacing, run_tool
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm

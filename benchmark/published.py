@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from command_line import check_folder, fail, replacing, run_tool
+from helpers import check_folder, fail, replacing, run_tool
 
 PUBLISHED = Path(__file__).parent / "results" / "published_ppo.csv"
 SPLITS = {  # and their tags, the better first

@@ -231,16 +231,20 @@ def total_variation(policy, other):
     return np.abs(policy - other).sum(-1) / 2
 
 
-def robustness(visitation, policy):
-    """R = max_{f, k} E_{s ~ d_f} TV(mu_f, mu_k)(s), a scalar (definition 3.6), of d_f, (F, S), and mu_f,
-    (F, S, A). For R' the policy is the new one, and d_f are still those of the old. The first n renderings of
-    both give the robustness over F_train."""
-    largest = 0.0
+def pair_distances(visitation, policy):
+    """E_{s ~ d_f} TV(mu_f, mu_k)(s) of all pairs of renderings f and k, (F, F), of d_f, (F, S), and mu_f,
+    (F, S, A)."""
+    rows = []
     for weights, of_rendering in zip(visitation, policy):  # all pairs at once would take too much memory
         distances = total_variation(policy, of_rendering)
-        to_others = distances @ weights
-        largest = max(largest, to_others.max())
-    return largest
+        rows.append(distances @ weights)
+    return np.stack(rows)
+
+
+def robustness(visitation, policy):
+    """R = max_{f, k} E_{s ~ d_f} TV(mu_f, mu_k)(s), a scalar (definition 3.6), of d_f, (F, S), and mu_f,
+    (F, S, A). For R' the policy is the new one, and d_f are still those of the old."""
+    return pair_distances(visitation, policy).max()
 
 
 def theorem_3_2(mdp: MDP, surrogate, train_gain, d_train):

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from command_line import Range, check_folder, check_ranges, fail, run_tool
+from helpers import ROOT, Range, check_folder, check_ranges, fail, run_tool
 from procgen.env import ENV_NAMES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -41,7 +41,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let everything else go first
 import ray
 
-ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "benchmark" / "launch.py"
 PROGRESS = "charts/SPS"  # a curve that gets a point in each iteration
 TEN_DIGITS = 10 * "[0-9]"  # for glob: the time in a run folder's name
@@ -124,7 +123,6 @@ class Run:
 
 def make_plan(args: Args, script_flags: list[str]) -> list[Run]:
     """All runs with their states. Raises Failure or SystemExit if one of them cannot be."""
-    sys.path.insert(0, str(ROOT))
     runs = []
     for variant in args.variants:
         label, _, flags = variant.partition("=")

@@ -27,11 +27,9 @@ from typing import Annotated, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from command_line import Count, Failure, Range, check_folder, check_ranges, fail, replacing, run_tool
-from renderings import World, evaluate_bounds, optimal_values, policies_of, robustness, visitations
+from helpers import ROOT, Count, Failure, Range, check_folder, check_ranges, fail, replacing, run_tool
+from renderings import World, evaluate_bounds, optimal_values, pair_distances, policies_of, visitations
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Method(NamedTuple):
@@ -250,15 +248,19 @@ def policies_of_all(agents: list, world: World) -> list:
 
 def measure(world: World, num_train: int, before: list, after: list, gammas) -> dict:
     """Of an update, which has made the policies `after` of those `before`, (F, S, A) for each agent: a dict
-    for each agent of what evaluate_bounds gives and of the robustness over the training renderings; and what
-    evaluate_bounds gives with other discount factors."""
+    for each agent of what evaluate_bounds gives, of the robustness over the training renderings, and of the
+    means over pairs of renderings where definition 3.6 has a maximum; and what evaluate_bounds gives with
+    other discount factors."""
     gamma = world.mdp.gamma
     agents = []
     at_gamma = {str(each): [] for each in gammas}
     for old, new in zip(before, after):
         results = bounds_of(world, num_train, old, new, gamma)
-        visitation = visitations(world.mdp, old)
-        results["train_robustness"] = robustness(visitation[:num_train], old[:num_train])
+        distances = pair_distances(visitations(world.mdp, old), old)
+        train_distances = distances[:num_train, :num_train]
+        results["train_robustness"] = float(train_distances.max())
+        results["mean_robustness"] = float(distances.mean())  # all renderings are equally likely
+        results["mean_train_robustness"] = float(train_distances.mean())
         agents.append(results)
         for each in gammas:
             bounds = bounds_of(world, num_train, old, new, each)

@@ -22,9 +22,8 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from command_line import Count, check_ranges
+from helpers import Count, check_ranges
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 SCRIPTS = ["ppo_procgen", "spo_procgen", "mdpo_procgen", "mdspo_procgen"]
 PARTS = ["environments", "inference", "copies", "GAE", "update"]
 

@@ -29,10 +29,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
+from helpers import Range, check_ranges, fail, replacing, run_tool
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from command_line import Range, check_ranges, fail, replacing, run_tool
 
 from mdpo_procgen import Agent, mutual_kl, policy_loss
 

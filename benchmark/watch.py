@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import math
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import torch
 import tyro
+from helpers import CountOrZero, Range, check_ranges, fail, replacing, run_tool
 from PIL import Image, ImageDraw, ImageFont
 from procgen import ProcgenGym3Env
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from command_line import CountOrZero, Range, check_ranges, fail, replacing, run_tool
-
-import mdpo_procgen
+from mdpo_procgen import Agent
+from mdpo_procgen import Args as TrainingArgs
 
 SIZE = 512  # height and width of Procgen's full rendering
 WIDTH = SIZE + 8  # of a player's part of a frame: a gap on the right
@@ -84,7 +82,7 @@ class Args:
 class SavedAgent(NamedTuple):
     """What an agent.pt holds."""
 
-    agent: mdpo_procgen.Agent
+    agent: Agent
     name: str  # for the picture
     env_id: str
     distribution_mode: str
@@ -97,13 +95,13 @@ def read_agent(path: Path) -> SavedAgent:
             raise ValueError("the file's contents have changed")
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = content["args"]
-        args = mdpo_procgen.Args(  # which checks them
+        args = TrainingArgs(  # which checks them
             env_id=saved["env_id"],
             distribution_mode=saved["distribution_mode"],
             channels=saved["channels"],
             device="cpu",
         )
-        agent = mdpo_procgen.Agent(channels=args.channels)
+        agent = Agent(channels=args.channels)
         agent.load_state_dict(content["agent"])
         name = f"{saved['exp_name']}, seed {saved['seed']}"
     except Exception as error:  # torch has many names for a file that is cut short, or no agent

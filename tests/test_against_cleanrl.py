@@ -11,7 +11,7 @@ from common import ROOT, error_message
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import against_cleanrl
-from command_line import Failure, run_tool
+from helpers import Failure, run_tool
 
 # Its iterations take 0.1, 0.2, 0.3 seconds, the first one longer.
 STAND_IN = """

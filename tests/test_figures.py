@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import figures
-from command_line import Failure, run_tool
 from figures import GAP, TEST, TRAIN
+from helpers import Failure, run_tool
 
 PPO = "ppo_procgen"
 MDPO = "mdpo_procgen"

@@ -20,8 +20,8 @@ from test_figures import write_run
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import published
-from command_line import run_tool
 from figures import FINAL, TEST, TRAIN
+from helpers import run_tool
 
 SHORT = {240_000: 2.0, 260_000: 4.0, 300_000: 90.0, 490_000: 5.0}
 

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import sweep
-from command_line import Failure, parse_args, run_tool
+from helpers import Failure, parse_args, run_tool
 
 SETTINGS = {name: value for name, value in TINY.items() if name not in ("env_id", "total_timesteps")}
 LONG = flags(**SETTINGS | {"total_timesteps": 10_000_000, "checkpoint_interval": 2})

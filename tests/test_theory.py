@@ -12,7 +12,7 @@ from common import ROOT, error_message
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import theory
-from command_line import Failure, run_tool
+from helpers import Failure, run_tool
 from renderings import World
 from theory import Args, Design, Job
 

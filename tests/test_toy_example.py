@@ -21,7 +21,7 @@ import mdpo_procgen
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import toy_example
-from command_line import Failure, run_tool
+from helpers import Failure, run_tool
 from toy_example import Batch, Settings
 
 # Who copies whom.

@@ -18,7 +18,7 @@ import mdpo_procgen
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import watch
-from command_line import Failure, run_tool
+from helpers import Failure, run_tool
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """What the command lines of this folder share: ranges of numbers, errors of one line, whole files.
 
+To import it is what makes `import ppo_procgen` find the training scripts.
+
 What is wrong on the command line is found by tyro or by an Args.__post_init__ that raises ValueError: tyro
 prints either. What is wrong with a file or a disk is a Failure: one line. Both end with exit status 2.
 """
@@ -11,6 +13,9 @@ from pathlib import Path
 from typing import Annotated, NamedTuple, get_args, get_type_hints
 
 import tyro
+
+ROOT = Path(__file__).resolve().parents[1]  # of the training scripts
+sys.path.insert(0, str(ROOT))
 
 
 class Failure(Exception):

@@ -1,4 +1,4 @@
-"""benchmark/command_line.py: ranges, exit statuses, files that are whole or not there."""
+"""benchmark/helpers.py: ranges, exit statuses, files that are whole or not there."""
 
 import sys
 from dataclasses import dataclass
@@ -9,17 +9,7 @@ import pytest
 from common import ROOT, error_message
 
 sys.path.insert(0, str(ROOT / "benchmark"))
-from command_line import (
-    Count,
-    CountOrZero,
-    Failure,
-    Range,
-    check_folder,
-    check_ranges,
-    fail,
-    replacing,
-    run_tool,
-)
+from helpers import Count, CountOrZero, Failure, Range, check_folder, check_ranges, fail, replacing, run_tool
 
 
 @dataclass
