@@ -2,9 +2,9 @@
 
 Trains each method on the first n of many renderings of one MDP (renderings.py), and computes by linear solves
 what the theory speaks of, on all renderings: eta, zeta and their gap, R, and both sides of its bounds. Each
-training is a file in the output folder; those that are there are not made again. Then it prints a table and
-draws the figures. The settings below are a first choice by PPO alone (results/renderings_trials.md): what
-they show of the methods is not measured yet.
+training is a file in the output folder; those that are there are not made again. Then it prints tables and
+draws the figures. The settings below were decided by PPO alone, before any other method was run
+(results/renderings_trials.md).
 
     python benchmark/theory.py --quick
 """
@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from helpers import ROOT, Count, Failure, Range, check_folder, check_ranges, fail, replacing, run_tool
 from renderings import World, evaluate_bounds, optimal_values, pair_distances, policies_of, visitations
+from scipy.stats import spearmanr
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 
@@ -53,7 +55,7 @@ METHODS = {
     "ppo_both": Method("PPO, data of two agents", "ppo_procgen", {"num_envs": 512}, 2),
 }
 
-# Of all methods. What is not here is the paper's. Decided by how well PPO solves four training renderings.
+# Of all methods. What is not here is the paper's. Decided by how well PPO solves its training renderings.
 SETTINGS = {
     "gamma": 1.0,  # episodes end as the discount says
     "gae_lambda": 0.8,  # which averages over the chance in these ends
@@ -78,7 +80,7 @@ Probability = Annotated[float, Range(0, 0.999)]
 class Args:
     methods: tuple[str, ...] = tuple(METHODS)
     """which ways to train, in the order of the table"""
-    num_train: Counts = (1, 4, 16, 32)
+    num_train: Counts = (2, 4, 8, 16)
     """numbers of renderings to train on"""
     seeds: Count = 10
     """trainings of each method on each number of renderings"""
@@ -303,6 +305,7 @@ def run_jobs(jobs: list[Job], design: Design, args: Args):
 
 def begin_process():
     torch.set_num_threads(1)
+    threadpool_limits(1)  # numpy's, for the linear solves
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback of its own
 
 
@@ -330,28 +333,35 @@ def read_result(path: Path, design: Design) -> dict | None:
     return result
 
 
-COLUMNS = ["eta", "zeta", "gap", "robustness", "train_robustness"]
+MEASURES = {  # of an agent, and what the table calls them
+    "eta": "eta / optimum",
+    "zeta": "zeta / optimum",
+    "gap": "gap / optimum",
+    "robustness": "R",
+    "mean_robustness": "mean R",
+    "mean_train_robustness": "mean R of training",
+}
+ROBUSTNESS = ["robustness", "mean_robustness", "mean_train_robustness"]
+RESAMPLES = 2000  # of the bootstrap
 
 
-def final_values(results: list[dict]) -> dict[str, np.ndarray]:
-    """Of the last measurement, each (number of trainings,): eta, zeta and gap in parts of the optimum, R and
-    R over the training renderings. The agents of a training are not independent: their mean counts."""
-    columns = {name: [] for name in COLUMNS}
-    for result in results:
-        agents = result["rows"][-1]["agents"]
-        optimum = result["optimum"]
-        eta = mean_of(agents, "eta") / optimum
-        zeta = mean_of(agents, "zeta") / optimum
-        columns["eta"].append(eta)
-        columns["zeta"].append(zeta)
-        columns["gap"].append(eta - zeta)
-        columns["robustness"].append(mean_of(agents, "robustness"))
-        columns["train_robustness"].append(mean_of(agents, "train_robustness"))
-    return {name: np.array(values) for name, values in columns.items()}
+def agent_values(result: dict) -> dict[str, np.ndarray]:
+    """The MEASURES at the last measurement of a training, each (number of agents,): eta, zeta and the gap
+    in parts of the optimum."""
+    agents = result["rows"][-1]["agents"]
+    values = {}
+    for name in ["eta", "zeta", *ROBUSTNESS]:
+        values[name] = np.array([agent[name] for agent in agents])
+    values["eta"] /= result["optimum"]
+    values["zeta"] /= result["optimum"]
+    values["gap"] = values["eta"] - values["zeta"]
+    return values
 
 
-def mean_of(agents: list[dict], name: str) -> float:
-    return float(np.mean([agent[name] for agent in agents]))
+def training_values(results: list[dict], name: str) -> np.ndarray:
+    """One of the MEASURES, (number of trainings,). The agents of a training are not independent: their mean
+    counts."""
+    return np.array([agent_values(result)[name].mean() for result in results])
 
 
 def of_method(results: list[dict], method: str) -> list[dict]:
@@ -373,87 +383,136 @@ def methods_of(results: list[dict]) -> list[str]:
     return [method for method in METHODS if method in found]
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """The mean and the 95 % interval of the bootstrap over trainings."""
-    rng = np.random.default_rng(0)
-    samples = rng.choice(values, size=(2000, len(values)))
-    low, high = np.percentile(samples.mean(-1), [2.5, 97.5])
-    return values.mean(), low, high
+class Interval(NamedTuple):
+    """A number and the 95 % interval of its bootstrap over trainings."""
+
+    middle: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.middle:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    """From 0; equal values share the mean of theirs."""
-    below = (values < values[:, None]).sum(-1)
-    equal = (values == values[:, None]).sum(-1)
-    return below + (equal - 1) / 2
+def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Means of as many values drawn with replacement, (RESAMPLES,)."""
+    rng = np.random.default_rng(seed)
+    return rng.choice(values, size=(RESAMPLES, len(values))).mean(-1)
 
 
-def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's; NaN if all values of one are the same."""
-    middle = (len(first) - 1) / 2
-    of_first = ranks(first) - middle
-    of_second = ranks(second) - middle
-    scale = np.linalg.norm(of_first) * np.linalg.norm(of_second)
-    if scale == 0:
+def mean_interval(values: np.ndarray) -> Interval:
+    low, high = np.percentile(resampled_means(values), [2.5, 97.5])
+    return Interval(values.mean(), low, high)
+
+
+def difference_interval(values: np.ndarray, of_baseline: np.ndarray) -> Interval:
+    """Of the difference of the means. Seeds of two methods have nothing in common, so each is resampled."""
+    differences = resampled_means(values) - resampled_means(of_baseline, seed=1)
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return Interval(values.mean() - of_baseline.mean(), low, high)
+
+
+def rank_correlation(results: list[dict], name: str) -> float:
+    """Spearman's, of a measure with the gap, a point for each agent. NaN if either has one value only."""
+    values = [agent_values(result) for result in results]
+    of_measure = np.concatenate([each[name] for each in values])
+    gaps = np.concatenate([each["gap"] for each in values])
+    if np.ptp(of_measure) == 0 or np.ptp(gaps) == 0:
         return np.nan
-    return float(of_first @ of_second / scale)
+    return spearmanr(of_measure, gaps).statistic
 
 
-def correlation_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
-    """rank_correlation and the 95 % interval of its bootstrap over trainings, NaN where there is none."""
-    number = len(first)
+def correlation_interval(results: list[dict], name: str) -> Interval:
+    """Of rank_correlation. Trainings are resampled, with all their agents; NaN where there is none."""
     rng = np.random.default_rng(0)
     samples = []
-    for _ in range(1000):
-        rows = rng.integers(number, size=number)
-        sample = rank_correlation(first[rows], second[rows])
-        if np.isfinite(sample):
-            samples.append(sample)
-    if not samples:
-        return np.nan, np.nan, np.nan
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return rank_correlation(first, second), low, high
+    for _ in range(RESAMPLES // 4):  # each takes long
+        rows = rng.integers(len(results), size=len(results))
+        samples.append(rank_correlation([results[row] for row in rows], name))
+    middle = rank_correlation(results, name)
+    if np.isnan(samples).all():
+        return Interval(middle, np.nan, np.nan)
+    low, high = np.nanpercentile(samples, [2.5, 97.5])
+    return Interval(middle, low, high)
 
 
-def make_table(results: list[dict]) -> str:
-    """Markdown: a row for each method and number of renderings, with 95 % intervals over trainings."""
-    header = ["method", "n", "trainings"]
-    header += ["eta / optimum", "zeta / optimum", "gap / optimum", "R", "R of training"]
-    rows = [header, ["---"] * len(header)]
+def markdown(rows: list[list[str]]) -> str:
+    """A table, of which the first row is the head."""
+    head, *body = rows
+    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body]]
+    return "\n".join(lines) + "\n"
+
+
+def make_tables(results: list[dict]) -> str:
+    """Markdown, with 95 % intervals over trainings: each method on each number of renderings, how far it is
+    from PPO, and how robustness goes with the gap."""
+    return (
+        f"## What each method reached\n\n{method_table(results)}\n"
+        f"## Difference from PPO\n\n{difference_table(results)}\n"
+        f"## Rank correlation with the gap\n\n{correlation_table(results)}"
+    )
+
+
+def method_table(results: list[dict]) -> str:
+    rows = [["method", "n", "trainings", *MEASURES.values()]]
     for method in methods_of(results):
         some = of_method(results, method)
         for num_train in numbers_of(some):
             group = of_number(some, num_train)
-            values = final_values(group)
-            cells = [METHODS[method].label, str(num_train), str(len(group))]
-            for name in COLUMNS:
-                mean, low, high = mean_interval(values[name])
-                cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
-            rows.append(cells)
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", "Rank correlation of R with the gap, with its 95 % interval:", ""]
-    lines.append(correlation_line("all n", results))
+            row = [METHODS[method].label, str(num_train), str(len(group))]
+            for name in MEASURES:
+                row.append(str(mean_interval(training_values(group, name))))
+            rows.append(row)
+    return markdown(rows)
+
+
+def difference_table(results: list[dict]) -> str:
+    rows = [["method", "n", *MEASURES.values()]]
+    baselines = of_method(results, "ppo")
+    for method in methods_of(results):
+        some = of_method(results, method)
+        for num_train in numbers_of(some):
+            group = of_number(some, num_train)
+            baseline = of_number(baselines, num_train)
+            if method == "ppo" or not baseline:
+                continue
+            row = [METHODS[method].label, str(num_train)]
+            for name in MEASURES:
+                values = training_values(group, name)
+                row.append(str(difference_interval(values, training_values(baseline, name))))
+            rows.append(row)
+    return markdown(rows)
+
+
+def correlation_table(results: list[dict]) -> str:
+    groups = {"all": results}
     for num_train in numbers_of(results):
-        group = of_number(results, num_train)
-        lines.append(correlation_line(f"n = {num_train}", group))
-    return "\n".join(lines) + "\n"
-
-
-def correlation_line(name: str, results: list[dict]) -> str:
-    values = final_values(results)
-    mean, low, high = correlation_interval(values["robustness"], values["gap"])
-    return f"- {name}: {mean:.2f} ({low:.2f} to {high:.2f}), {len(results)} trainings"
+        groups[str(num_train)] = of_number(results, num_train)
+    rows = [["n", "trainings", *(MEASURES[name] for name in ROBUSTNESS)]]
+    for label, group in groups.items():
+        row = [label, str(len(group))]
+        for name in ROBUSTNESS:
+            row.append(str(correlation_interval(group, name)))
+        rows.append(row)
+    return markdown(rows)
 
 
 def draw(args: Args, results: list[dict], design: Design):
-    """theory.pdf and .png, of four panels, and renderings.pdf and .png, of one state."""
+    """performance, training and renderings, each as .pdf and .png."""
     plt.rcParams.update({"font.size": 9, "pdf.fonttype": 42})
-    figure, panels = plt.subplots(2, 2, figsize=(8, 6), layout="constrained")
-    draw_performance(panels[0, 0], results)
-    draw_robustness(panels[0, 1], results)
-    draw_distillation(panels[1, 0], results)
-    draw_bounds(panels[1, 1], results)
-    save(figure, args.output / "theory")
+    figure, panels = plt.subplots(2, 2, figsize=(8, 6.4), layout="constrained")
+    draw_over_number(panels[0, 0], results, "zeta")
+    draw_over_number(panels[0, 1], results, "gap")
+    draw_against_gap(panels[1, 0], results, "robustness")
+    draw_against_gap(panels[1, 1], results, "mean_robustness")
+    lines, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=3)
+    save(figure, args.output / "performance")
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
+    draw_distillation(panels[0], results)
+    draw_ratios(panels[1], results)
+    draw_slack(panels[2], results)
+    save(figure, args.output / "training")
     save(draw_renderings(design), args.output / "renderings")
 
 
@@ -470,58 +529,82 @@ def color_of(method: str) -> str:
     return f"C{list(METHODS).index(method)}"
 
 
-def draw_performance(ax, results: list[dict]):
-    """eta, dashed, and zeta, with its interval, over n."""
+def draw_over_number(ax, results: list[dict], name: str):
+    """A measure, with its interval, over n."""
     for method in methods_of(results):
-        color = color_of(method)
         some = of_method(results, method)
         numbers = numbers_of(some)
-        etas = []
-        intervals = []
-        for num_train in numbers:
-            values = final_values(of_number(some, num_train))
-            etas.append(values["eta"].mean())
-            intervals.append(mean_interval(values["zeta"]))
-        zetas, lows, highs = np.transpose(intervals)
-        label = METHODS[method].label
-        ax.plot(numbers, etas, "--", color=color)
-        ax.plot(numbers, zetas, "o-", color=color, label=label, markersize=3)
-        ax.fill_between(numbers, lows, highs, color=color, alpha=0.2)
+        intervals = [mean_interval(training_values(of_number(some, number), name)) for number in numbers]
+        middles, lows, highs = np.transpose(intervals)
+        color = color_of(method)
+        ax.plot(numbers, middles, "o-", color=color, label=METHODS[method].label, markersize=3)
+        ax.fill_between(numbers, lows, highs, color=color, alpha=0.2, linewidth=0)
     ax.set_xscale("log", base=2)
     ax.set_xticks(numbers_of(results), numbers_of(results))
-    ax.set(xlabel="training renderings n", ylabel="part of the optimum")
-    ax.set_title("zeta, and eta (dashed)")
-    ax.legend(fontsize=7)
+    ax.minorticks_off()
+    ax.set(xlabel="training renderings n", ylabel=MEASURES[name])
 
 
-def draw_robustness(ax, results: list[dict]):
-    """R against the gap, a point for each training."""
-    for method in methods_of(results):
-        values = final_values(of_method(results, method))
-        color = color_of(method)
-        ax.plot(values["robustness"], values["gap"], "o", color=color, markersize=3)
-    ax.set(xlabel="R (definition 3.6)", ylabel="gap / optimum")
-    ax.set_title("robustness and the gap")
+def draw_against_gap(ax, results: list[dict], name: str):
+    """The gap against a measure of robustness, a point for each agent; the more renderings it was trained
+    on, the larger."""
+    numbers = numbers_of(results)
+    for result in results:
+        values = agent_values(result)
+        size = 3 + 2 * numbers.index(result["job"]["num_train"])
+        color = color_of(result["job"]["method"])
+        ax.plot(values[name], values["gap"], "o", color=color, markersize=size, alpha=0.6, markeredgewidth=0)
+    ax.set(xlabel=MEASURES[name], ylabel=MEASURES["gap"])
+
+
+def iterations_of(results: list[dict]) -> list[int]:
+    """The updates that were measured, the same in all trainings."""
+    return [row["iteration"] for row in results[0]["rows"]]
 
 
 def draw_distillation(ax, results: list[dict]):
     """mutual_kl over training, the mean of all trainings of a method."""
     for method in methods_of(results):
-        curves = []
-        for result in of_method(results, method):
-            rows = result["rows"]
-            iterations = [row["iteration"] for row in rows]
-            curve = [row["losses"].get("mutual_kl", np.nan) for row in rows]
-            curves.append(curve)
-        ax.plot(iterations, np.mean(curves, axis=0), color=color_of(method))
-    ax.set(xlabel="updates", ylabel="mutual_kl", title="distillation")
+        some = of_method(results, method)
+        if "mutual_kl" in some[0]["rows"][0]["losses"]:
+            curves = [[row["losses"]["mutual_kl"] for row in result["rows"]] for result in some]
+            color = color_of(method)
+            ax.plot(iterations_of(some), np.mean(curves, axis=0), color=color, label=METHODS[method].label)
+    ax.set(xlabel="updates", ylabel="mutual_kl (nats)", title="distillation")
+    if ax.lines:
+        ax.legend(fontsize=7)
 
 
-def draw_bounds(ax, results: list[dict]):
+BOUNDS = {  # and what each bounds from below
+    "theorem_3_2": "new_eta",
+    "theorem_3_3": "new_zeta",
+    "corollary_3_8": "new_zeta",
+}
+
+
+def bound_label(name: str) -> str:
+    return name.replace("_", " ", 1).replace("_", ".")
+
+
+def draw_ratios(ax, results: list[dict]):
+    """Each bound in parts of what it bounds, over training: 1 is tight, and below 0 it says nothing, since no
+    return is negative. Of theorem 3.7, an upper bound, D_test in parts of the bound."""
+    pairs = [*BOUNDS.items(), ("d_test", "theorem_3_7")]
+    labels = [*map(bound_label, BOUNDS), "theorem 3.7: D_test / bound"]
+    for (name, to), label in zip(pairs, labels):
+        curves = [[mean_ratio(row["agents"], name, to) for row in result["rows"]] for result in results]
+        ax.plot(iterations_of(results), np.mean(curves, axis=0), "o-", label=label, markersize=3)
+    ax.axhline(0, color="grey", linestyle=":")
+    ax.axhline(1, color="grey", linestyle=":")
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set(xlabel="updates", ylabel="ratio of the sides", title="the bounds over training")
+    ax.legend(fontsize=7)
+
+
+def draw_slack(ax, results: list[dict]):
     """How far each bound on the new policy's performance is below it, over gamma, for the last update: in
     parts of r_max / (1 - gamma), the largest return that can be. At 1 and above a bound says nothing."""
-    sides = {"theorem_3_2": "new_eta", "theorem_3_3": "new_zeta", "corollary_3_8": "new_zeta"}
-    for bound, performance in sides.items():
+    for bound, performance in BOUNDS.items():
         slacks = []
         for gamma in GAMMAS:
             at_gamma = []
@@ -529,13 +612,20 @@ def draw_bounds(ax, results: list[dict]):
                 at_gamma += result["rows"][-1]["at_gamma"][str(gamma)]
             slack = mean_of(at_gamma, performance) - mean_of(at_gamma, bound)
             slacks.append(slack * (1 - gamma))
-        label = bound.replace("_", " ", 1).replace("_", ".")
-        ax.plot(GAMMAS, slacks, "o-", label=label, markersize=3)
+        ax.plot(GAMMAS, slacks, "o-", label=bound_label(bound), markersize=3)
     ax.axhline(1, color="grey", linestyle=":")
     ax.set_yscale("symlog", linthresh=0.01)
     ax.set(xlabel="gamma", ylabel="slack / largest return")
     ax.set_title("the bounds, after the last update")
     ax.legend(fontsize=7)
+
+
+def mean_of(agents: list[dict], name: str) -> float:
+    return float(np.mean([agent[name] for agent in agents]))
+
+
+def mean_ratio(agents: list[dict], name: str, to: str) -> float:
+    return float(np.mean([agent[name] / agent[to] for agent in agents]))
 
 
 def draw_renderings(design: Design):
@@ -564,9 +654,9 @@ def main(args: Args):
     print(f"trainings: {len(jobs)}, to be made: {len(missing)}", flush=True)
     run_jobs(missing, design, args)
     results = [read_result(args.output / job.file_name(), design) for job in jobs]
-    table = make_table(results)
-    print(table)
-    write_text(args.output / "table.md", table)
+    tables = make_tables(results)
+    print(tables)
+    write_text(args.output / "tables.md", tables)
     draw(args, results, design)
     print(f"wrote {args.output}")
 

@@ -159,31 +159,45 @@ def make_result(method="ppo", num_train=1, seed=1, agents=((4.0, 1.0, 0.5),), mu
     """agents: eta, zeta and R of each. The optimum is 5."""
     measured = []
     for eta, zeta, robustness in agents:
-        agent = {"eta": eta, "zeta": zeta, "robustness": robustness, "train_robustness": robustness / 2}
-        agent |= {"new_eta": eta, "new_zeta": zeta}
-        agent |= {"theorem_3_2": 0.0, "theorem_3_3": -1.0, "corollary_3_8": -2.0}
+        agent = {"eta": eta, "zeta": zeta, "new_eta": eta, "new_zeta": zeta}
+        agent["robustness"] = robustness
+        agent["mean_robustness"] = robustness / 2
+        agent["mean_train_robustness"] = robustness / 4
+        agent["theorem_3_2"] = 0.0
+        agent["theorem_3_3"] = -1.0
+        agent["corollary_3_8"] = -2.0
+        agent["d_test"] = 0.25
+        agent["theorem_3_7"] = 1.0
         measured.append(agent)
-    losses = {} if mutual_kl is None else {"mutual_kl": mutual_kl}
+    losses = {}
+    if mutual_kl is not None:
+        losses["mutual_kl"] = mutual_kl
     at_gamma = {str(gamma): measured for gamma in theory.GAMMAS}
     row = {"iteration": 1, "agents": measured, "at_gamma": at_gamma, "losses": losses}
     job = {"method": method, "num_train": num_train, "seed": seed}
     return {"job": job, "optimum": 5.0, "rows": [row]}
 
 
-def test_final_values_are_means_over_agents():
+def test_values_of_agents():
+    values = theory.agent_values(make_result(agents=[(4.0, 1.0, 0.5), (3.0, 2.0, 0.7)]))
+    assert values["eta"] == pytest.approx([0.8, 0.6])
+    assert values["zeta"] == pytest.approx([0.2, 0.4])
+    assert values["gap"] == pytest.approx([0.6, 0.2])
+    assert values["robustness"] == pytest.approx([0.5, 0.7])
+    assert values["mean_robustness"] == pytest.approx([0.25, 0.35])
+    assert values["mean_train_robustness"] == pytest.approx([0.125, 0.175])
+
+
+def test_values_of_trainings_are_means_over_agents():
     result = make_result(agents=[(4.0, 1.0, 0.5), (3.0, 2.0, 0.7)])
-    values = theory.final_values([result, make_result()])
-    assert values["eta"] == pytest.approx([0.7, 0.8])
-    assert values["zeta"] == pytest.approx([0.3, 0.2])
-    assert values["gap"] == pytest.approx([0.4, 0.6])
-    assert values["robustness"] == pytest.approx([0.6, 0.5])
-    assert values["train_robustness"] == pytest.approx([0.3, 0.25])
+    values = theory.training_values([result, make_result()], "zeta")
+    assert values == pytest.approx([0.3, 0.2])
 
 
-def test_final_values_are_of_the_last_row():
+def test_values_are_of_the_last_row():
     result = make_result(agents=[(1.0, 1.0, 0.0)])
     result["rows"] += make_result()["rows"]
-    assert theory.final_values([result])["eta"] == pytest.approx([0.8])
+    assert theory.agent_values(result)["eta"] == pytest.approx([0.8])
 
 
 def test_interval_of_the_mean():
@@ -196,67 +210,152 @@ def test_interval_of_the_mean():
     assert high == pytest.approx(mean + half, abs=0.1 * half)
 
 
-def test_ranks():
-    assert theory.ranks(np.array([3.0, 1.0, 2.0, 1.0])).tolist() == [3.0, 0.5, 2.0, 0.5]
+def test_interval_of_a_difference():
+    """Wider than either: the errors are independent."""
+    rng = np.random.default_rng(1)
+    values = rng.normal(3.0, 2.0, size=400)
+    baseline = rng.normal(1.0, 1.0, size=300)
+    middle, low, high = theory.difference_interval(values, baseline)
+    assert middle == values.mean() - baseline.mean()
+    half = 1.96 * np.sqrt(values.var() / 400 + baseline.var() / 300)
+    assert low == pytest.approx(middle - half, abs=0.1 * half)
+    assert high == pytest.approx(middle + half, abs=0.1 * half)
+
+
+def made_by_hand(robustness, gaps) -> list[dict]:
+    """Trainings with one agent, whose eta is the optimum."""
+    return [make_result(agents=[(5.0, 5.0 - 5 * gap, each)]) for each, gap in zip(robustness, gaps)]
 
 
 def test_rank_correlation():
     """By hand: 1 - 6 sum d^2 / (n (n^2 - 1)) where no values are equal."""
-    first = np.array([1.0, 2.0, 3.0, 4.0, 50.0])
-    second = np.array([2.0, 1.0, 30.0, 5.0, 4.0])
+    robustness = [0.1, 0.2, 0.3, 0.4, 5.0]
+    results = made_by_hand(robustness, [0.2, 0.1, 0.9, 0.5, 0.4])
     differences = np.array([0, 1, 2, 3, 4]) - np.array([1, 0, 4, 3, 2])
     expected = 1 - 6 * (differences**2).sum() / (5 * 24)
-    assert theory.rank_correlation(first, second) == pytest.approx(expected)
-    assert theory.rank_correlation(first, -(first**3)) == pytest.approx(-1.0)
-    assert np.isnan(theory.rank_correlation(first, np.ones(5)))
+    assert theory.rank_correlation(results, "robustness") == pytest.approx(expected)
+    results = made_by_hand(robustness, [0.5, 0.4, 0.3, 0.2, 0.1])
+    assert theory.rank_correlation(results, "robustness") == pytest.approx(-1.0)
+    results = made_by_hand(robustness, 5 * [0.5])
+    assert np.isnan(theory.rank_correlation(results, "robustness"))
+
+
+def test_each_agent_is_a_point_of_the_correlation():
+    """The means of these trainings would give 1."""
+    first = make_result(agents=[(5.0, 4.0, 0.4), (5.0, 2.0, 0.1)])
+    second = make_result(agents=[(5.0, 1.0, 0.3), (5.0, 1.5, 0.3)])
+    assert theory.rank_correlation([first, second], "robustness") < 0
 
 
 def test_interval_of_a_correlation():
     rng = np.random.default_rng(0)
-    first = rng.normal(size=100)
-    middle, low, high = theory.correlation_interval(first, first + rng.normal(size=100))
+    robustness = rng.normal(size=60)
+    results = made_by_hand(robustness, robustness + rng.normal(size=60))
+    middle, low, high = theory.correlation_interval(results, "robustness")
     assert low < middle < high
     assert 0.5 < middle < 0.8
-    assert 0.1 < high - low < 0.4
-    assert np.isnan(theory.correlation_interval(np.ones(3), np.arange(3.0))).all()
+    assert 0.1 < high - low < 0.5
+    assert np.isnan(theory.correlation_interval([make_result()] * 2, "robustness")).all()
 
 
-def test_table():
+def test_the_agents_of_a_training_are_resampled_together():
+    """Ten agents that agree are no better known than one."""
+    rng = np.random.default_rng(0)
+    robustness = rng.normal(size=20)
+    gaps = robustness + rng.normal(size=20)
+    single = made_by_hand(robustness, gaps)
+    many = [make_result(agents=10 * [(5.0, 5.0 - 5 * gap, each)]) for each, gap in zip(robustness, gaps)]
+    _, low, high = theory.correlation_interval(single, "robustness")
+    _, low_of_many, high_of_many = theory.correlation_interval(many, "robustness")
+    assert high_of_many - low_of_many == pytest.approx(high - low, rel=0.2)
+
+
+def cells(table: str) -> list[list[str]]:
+    """Of the rows below the head."""
+    rows = []
+    for line in table.splitlines()[2:]:
+        rows.append(line.strip("| ").split(" | "))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def two_methods() -> list[dict]:
+    """PPO on one rendering, both on four, two seeds each."""
     results = []
     for seed, zeta in [(1, 1.0), (2, 2.0)]:
-        results.append(make_result("mdpo", 4, seed, agents=[(4.0, zeta, 0.5)]))
+        results.append(make_result("mdpo", 4, seed, agents=[(4.0, zeta + 1, 0.5)]))
+        results.append(make_result("ppo", 4, seed, agents=[(4.0, zeta, 0.5)]))
         results.append(make_result("ppo", 1, seed, agents=[(4.0, zeta, 0.25 * zeta)]))
-    lines = theory.make_table(results).splitlines()
-    ppo, mdpo = lines[2:4]
-    assert ppo.startswith("| PPO | 1 | 2 | 0.800 (0.800 to 0.800) | 0.300 (0.200 to 0.400) |")
-    assert mdpo.startswith("| MDPO | 4 | 2 | 0.800 (0.800 to 0.800) | 0.300 (0.200 to 0.400) |")
-    assert ppo.endswith("| 0.500 (0.400 to 0.600) | 0.375 (0.250 to 0.500) | 0.188 (0.125 to 0.250) |")
-    assert lines[-3].startswith("- all n: -") and lines[-3].endswith("4 trainings")
-    assert lines[-2] == "- n = 1: -1.00 (-1.00 to -1.00), 2 trainings"
-    assert lines[-1] == "- n = 4: nan (nan to nan), 2 trainings"
+    return results
 
 
-def test_what_is_drawn():
-    """zeta over n, R against the gap, mutual_kl, and the slack of the bounds in parts of 1 / (1 - gamma)."""
-    results = [make_result("ppo", n) for n in (1, 4)]
-    results.append(make_result("mdpo", 4, agents=[(4.0, 2.0, 0.3)], mutual_kl=0.125))
-    figure, axes = plt.subplots(1, 4)
-    theory.draw_performance(axes[0], results)
-    theory.draw_robustness(axes[1], results)
-    theory.draw_distillation(axes[2], results)
-    theory.draw_bounds(axes[3], results)
-    lines = [[line.get_xydata().tolist() for line in ax.lines] for ax in axes]
+def test_table_of_methods(two_methods):
+    on_one, on_four, of_mdpo = cells(theory.method_table(two_methods))
+    assert on_one[:5] == ["PPO", "1", "2", "0.800 (0.800 to 0.800)", "0.300 (0.200 to 0.400)"]
+    assert on_one[5:7] == ["0.500 (0.400 to 0.600)", "0.375 (0.250 to 0.500)"]
+    assert on_one[7:] == ["0.188 (0.125 to 0.250)", "0.094 (0.062 to 0.125)"]
+    assert on_four[:3] == ["PPO", "4", "2"]
+    assert of_mdpo[:5] == ["MDPO", "4", "2", "0.800 (0.800 to 0.800)", "0.500 (0.400 to 0.600)"]
+
+
+def test_table_of_differences(two_methods):
+    (row,) = cells(theory.difference_table(two_methods))
+    assert row[:4] == ["MDPO", "4", "0.000 (0.000 to 0.000)", "0.200 (0.000 to 0.400)"]
+    assert row[4] == "-0.200 (-0.400 to 0.000)"
+
+
+def test_table_of_correlations(two_methods):
+    of_all, on_one, on_four = cells(theory.correlation_table(two_methods))
+    assert of_all[:2] == ["all", "6"]
+    assert on_one == ["1", "2", *3 * ["-1.000 (-1.000 to -1.000)"]]
+    assert on_four == ["4", "4", *3 * ["nan (nan to nan)"]]
+
+
+def points(ax) -> list[list]:
+    return [line.get_xydata().tolist() for line in ax.lines]
+
+
+@pytest.fixture
+def axes():
+    figure, panels = plt.subplots(1, 2)
+    yield panels
     plt.close(figure)
-    eta, zeta, _, zeta_of_mdpo = lines[0]
-    assert eta == pytest.approx(np.array([[1, 0.8], [4, 0.8]]))
-    assert zeta == pytest.approx(np.array([[1, 0.2], [4, 0.2]]))
-    assert zeta_of_mdpo == pytest.approx(np.array([[4, 0.4]]))
-    assert lines[1][1] == pytest.approx(np.array([[0.3, 0.4]]))
-    assert lines[2][1] == [[1, 0.125]]
-    theorem_3_2, theorem_3_3, corollary, _ = lines[3]
+
+
+def test_a_measure_over_the_number_of_renderings(axes, two_methods):
+    theory.draw_over_number(axes[0], two_methods, "zeta")
+    of_ppo, of_mdpo = points(axes[0])
+    assert of_ppo == pytest.approx(np.array([[1, 0.3], [4, 0.3]]))
+    assert of_mdpo == pytest.approx(np.array([[4, 0.5]]))
+
+
+def test_a_point_for_each_agent(axes):
+    results = [make_result(agents=[(4.0, 1.0, 0.5), (4.0, 2.0, 0.25)])]
+    theory.draw_against_gap(axes[0], results, "robustness")
+    theory.draw_against_gap(axes[1], results, "mean_robustness")
+    assert points(axes[0])[0] == pytest.approx(np.array([[0.5, 0.6], [0.25, 0.4]]))
+    assert points(axes[1])[0] == pytest.approx(np.array([[0.25, 0.6], [0.125, 0.4]]))
+
+
+def test_distillation_is_of_mutual_methods(axes):
+    results = [make_result("ppo"), make_result("mdpo", mutual_kl=0.125), make_result("mdpo", mutual_kl=0.25)]
+    theory.draw_distillation(axes[0], results)
+    assert points(axes[0]) == [[[1, 0.1875]]]
+    theory.draw_distillation(axes[1], results[:1])
+    assert points(axes[1]) == []
+
+
+def test_the_sides_of_the_bounds(axes):
+    """Their ratios, and the slack in parts of 1 / (1 - gamma)."""
+    results = [make_result(agents=[(4.0, 1.0, 0.5), (4.0, 2.0, 0.3)])]
+    theory.draw_ratios(axes[0], results)
+    ratios = [line[0] for line in points(axes[0])[:4]]
+    assert ratios == [[1, 0.0], [1, -0.75], [1, -1.5], [1, 0.25]]
+    theory.draw_slack(axes[1], results)
+    theorem_3_2, theorem_3_3, corollary, _ = points(axes[1])
     assert theorem_3_2[0] == pytest.approx([0.0, 4.0])
-    assert theorem_3_3[0] == pytest.approx([0.0, 4 / 3 + 1])
-    assert corollary[3] == pytest.approx([0.5, (4 / 3 + 2) / 2])
+    assert theorem_3_3[0] == pytest.approx([0.0, 1.5 + 1])
+    assert corollary[3] == pytest.approx([0.5, (1.5 + 2) / 2])
 
 
 # The command.
@@ -284,8 +383,10 @@ def made(tmp_path_factory):
 
 
 def test_files(made):
-    figures = ["theory.pdf", "theory.png", "renderings.pdf", "renderings.png"]
-    assert {path.name for path in made.iterdir()} == {"ppo__2__1.json", *figures, "table.md"}
+    expected = {"ppo__2__1.json", "tables.md"}
+    for name in ("performance", "training", "renderings"):
+        expected |= {f"{name}.pdf", f"{name}.png"}
+    assert {path.name for path in made.iterdir()} == expected
     result = json.loads((made / "ppo__2__1.json").read_text())
     assert result["job"] == {"method": "ppo", "num_train": 2, "seed": 1}
     assert result["design"]["settings"]["num_envs"] == 256
@@ -308,11 +409,11 @@ def test_order_of_the_trainings():
     assert {job.method for job in jobs[:4]} == {"ppo", "mdpo"}
 
 
-def test_the_table_is_printed(made, capsys):
+def test_the_tables_are_printed(made, capsys):
     run(*words_of(TINY), "--output", str(made))
-    table = (made / "table.md").read_text()
-    assert table in capsys.readouterr().out
-    assert table.count("\n| PPO |") == 1
+    tables = (made / "tables.md").read_text()
+    assert tables in capsys.readouterr().out
+    assert tables.count("\n| PPO |") == 1
 
 
 def test_quick(tmp_path, capsys, monkeypatch):
