@@ -7,6 +7,7 @@ prints either. What is wrong with a file or a disk is a Failure: one line. Both 
 """
 
 import contextlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -69,6 +70,14 @@ def find_range(hint) -> Range | None:
     return None
 
 
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Those before and after the first `--`."""
+    if "--" not in words:
+        return words, []
+    place = words.index("--")
+    return words[:place], words[place + 1 :]
+
+
 def parse_args(args_class, description: str, words: list[str] | None = None):
     """Reads words, by default those of the shell, into a dataclass. Raises SystemExit where they cannot be
     read, of which tyro has told then."""
@@ -119,3 +128,12 @@ def replacing(flag: str, path: Path):
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+
+
+def copy_script(name: str):
+    """A module of its own from a training script: what is replaced in it stays as it is in the script."""
+    spec = importlib.util.spec_from_file_location(f"copy_of_{name}", ROOT / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # where dataclasses look for the types of their fields
+    spec.loader.exec_module(script)
+    return script

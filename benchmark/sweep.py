@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from helpers import ROOT, Range, check_folder, check_ranges, fail, run_tool
+from helpers import ROOT, Range, check_folder, check_ranges, fail, run_tool, split_words
 from procgen.env import ENV_NAMES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -485,14 +485,6 @@ def main(args: Args, script_flags: list[str]):
     print(summary)
     if num_failed > 0:
         sys.exit(128 + stop.signal_number if stop.signal_number else 1)
-
-
-def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """Those before and after the first `--`."""
-    if "--" not in words:
-        return words, []
-    place = words.index("--")
-    return words[:place], words[place + 1 :]
 
 
 if __name__ == "__main__":

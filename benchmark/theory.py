@@ -10,7 +10,6 @@ draws the figures. The settings below were decided by PPO alone, before any othe
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -27,7 +26,7 @@ from typing import Annotated, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from helpers import ROOT, Count, Failure, Range, check_folder, check_ranges, fail, replacing, run_tool
+from helpers import Count, Failure, Range, check_folder, check_ranges, copy_script, fail, replacing, run_tool
 from renderings import World, evaluate_bounds, optimal_values, pair_distances, policies_of, visitations
 from scipy.stats import spearmanr
 from threadpoolctl import threadpool_limits
@@ -166,17 +165,6 @@ def find_jobs(args: Args) -> list[Job]:
     return jobs
 
 
-def copy_script(name: str, world: World):
-    """A module of its own from a training script, with the world in place of Procgen: what one does by hand
-    who copies the file and changes make_envs."""
-    spec = importlib.util.spec_from_file_location(f"{name}_of_renderings", ROOT / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script  # where dataclasses look for the types of their fields
-    spec.loader.exec_module(script)
-    script.make_envs = world.make_envs
-    return script
-
-
 class Silent:
     """In place of a script's Progress: nobody looks on."""
 
@@ -197,7 +185,8 @@ def train(job: Job, design: Design, world: World) -> dict:
     """Trains by a script's own functions. Returns what json can write: the job, the design, the eta of the
     best policy there is, and a row for each measured update."""
     method = METHODS[job.method]
-    script = copy_script(method.script, world)
+    script = copy_script(method.script)
+    script.make_envs = world.make_envs  # what one does by hand who copies a script
     settings = design.settings | method.settings
     args = script.Args(seed=job.seed, num_levels=job.num_train, **settings)
     with tempfile.TemporaryDirectory() as folder:
