@@ -303,6 +303,8 @@ def start_ray(args: Args) -> float:
         ray.init(address=args.address, **options)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if args.address != "local" and "RAY_AUTH_MODE" not in os.environ:
+            reason += "; if the cluster wants a token, RAY_AUTH_MODE=token gives it"
         fail(f"--address {args.address}: {reason}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most_cpus = max(node.get("CPU", 0) for node in nodes)

@@ -1,10 +1,12 @@
 """benchmark/sweep.py: its plan and its parts, in this process; slow: a local Ray, and what kills it."""
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -497,12 +499,25 @@ def start_sweep(tmp_path):
         each.process.kill()
 
 
+AUTHENTICATION = {"RAY_AUTH_MODE": "token"}  # as the head of a cluster wants it
+
+
 class Sweep:
     """A sweep of PPO and MDPO from the shell, in a session of its own as in a terminal."""
 
-    def __init__(self, output: Path, extra: list[str], cpus: int = 1):
+    def __init__(self, output: Path, extra: list[str], cpus: int = 1, address: str = "local"):
         command = [sys.executable, str(ROOT / "benchmark/sweep.py"), "--cpus", str(cpus)]
-        command += ["--output", str(output), "--algorithms", "ppo", "mdpo", "--games", "fruitbot"]
+        command += [
+            "--address",
+            address,
+            "--output",
+            str(output),
+            "--algorithms",
+            "ppo",
+            "mdpo",
+            "--games",
+            "fruitbot",
+        ]
         command += ["--seeds", "1", "--", *extra]
         self.output = output
         self.process = subprocess.Popen(
@@ -511,7 +526,7 @@ class Sweep:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", **AUTHENTICATION},
         )
 
     def children(self) -> dict[str, int]:
@@ -614,3 +629,84 @@ def test_killed_stopped_and_started_again(start_sweep, tmp_path):
     assert {path.stem for path in (tmp_path / "figures").glob("*.pdf")} == {
         *("training_return", "test_return", "generalization_gap", "aggregate")
     }
+
+
+class Cluster:
+    """Of Ray, with machines of one core each, which are processes on this machine."""
+
+    def __init__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"127.0.0.1:{port}"
+        self.head = ["--head", "--port", str(port), "--include-dashboard", "false"]
+        self.machines = []
+
+    def add_machine(self, *words: str):
+        ray = Path(sys.executable).with_name("ray")
+        command = [str(ray), "start", "--block", "--num-cpus", "1", "--object-store-memory", "100000000"]
+        machine = subprocess.Popen(
+            [*command, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | AUTHENTICATION,
+        )
+        self.machines.append(machine)
+        while "Ray runtime started" not in machine.stdout.readline():
+            assert machine.poll() is None
+
+    def processes(self, machine: subprocess.Popen) -> set[int]:
+        """All that have come of it."""
+        found = {machine.pid}
+        for pid in sorted(int(folder.name) for folder in Path("/proc").glob("[0-9]*")):
+            with contextlib.suppress(OSError):
+                if parent_of(pid) in found:
+                    found.add(pid)
+        return found
+
+    def kill(self, machine: subprocess.Popen):
+        """As if somebody pulled its plug."""
+        for pid in self.processes(machine):
+            with contextlib.suppress(ProcessLookupError):  # it has ended with another
+                os.kill(pid, signal.SIGKILL)
+        machine.communicate()
+
+
+@pytest.fixture
+def cluster():
+    made = Cluster()
+    try:
+        made.add_machine(*made.head)
+        made.add_machine("--address", made.address)
+        yield made
+    finally:
+        for machine in made.machines:
+            if machine.poll() is None:
+                made.kill(machine)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs at once take two cores")
+def test_a_machine_of_a_cluster_dies(start_sweep, tmp_path, cluster):
+    """While it is at work. Its run goes on from its last checkpoint, when the other machine is free, and all
+    curves are whole."""
+    names = ["ppo_procgen", "mdpo_procgen"]
+    end = 40 * BATCH_SIZE
+    words = [*LONG, "--total-timesteps", str(end)]
+    each = start_sweep(words, address=cluster.address)
+    each.wait_for(lambda: all(each.steps(name) >= 4 * BATCH_SIZE for name in names))
+    machine = cluster.machines[1]
+    (name,) = [name for name, pid in each.children().items() if pid in cluster.processes(machine)]
+    cluster.kill(machine)
+    out, err = each.process.communicate(timeout=240)
+    assert each.process.returncode == 0, err
+    assert "2 of 2 finished" in out
+    log = (tmp_path / f"runs/logs/fruitbot__{name}__1.log").read_text()
+    assert log.count("started on") == 2
+    for name in names:
+        (run_dir,) = (tmp_path / "runs").glob(f"fruitbot__{name}__1__*")
+        assert json.loads((run_dir / "final_test.json").read_text())["global_step"] == end
+        for folder in agent_folders(name, run_dir):
+            steps = list(read_curves(folder)["losses/value_loss"])
+            assert steps == list(range(BATCH_SIZE, end + 1, BATCH_SIZE))
