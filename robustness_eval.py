@@ -474,35 +474,42 @@ def read_int(save: bytes, at: int) -> int:
     return struct.unpack_from("<i", save, at)[0]
 
 
-def rewrite(save: bytes, game: Game, name: str, shift: int) -> bytes:
-    """Procgen's saved state, to be drawn otherwise and to go on just the same. `background` takes the one
-    that is `shift` further in Procgen's list, cyclically. ValueError for a save of another layout."""
-    num_backgrounds = BACKGROUNDS[game.env_id]
+def find_fields(save: bytes, game: Game) -> dict[str, int]:
+    """Where in Procgen's saved state the numbers lie that say how it is drawn. ValueError for a save of
+    another layout."""
     options = 4 + 4 + read_int(save, 4)  # after the version and the game's name
-    monochrome = options + 8
-    use_backgrounds = options + 16
     at = options + 68
     for _ in range(2):  # random generators: a flag, the length of a text, the text
         at += 8 + read_int(save, at + 4)
     at += 64  # rewards, counters, the size of the grid
     at += 4 + 124 * read_int(save, at)  # the entities
-    index = at + 4  # after a flag
+    fields = {
+        "monochrome": options + 8,
+        "use_backgrounds": options + 16,
+        "background": at + 4,  # after a flag
+    }
 
     # An index out of range aborts inside Procgen.
-    as_played = read_int(save, monochrome) == 0 and read_int(save, use_backgrounds) == 1
-    if not as_played or not 0 <= read_int(save, index) < num_backgrounds:
+    as_played = read_int(save, fields["monochrome"]) == 0 and read_int(save, fields["use_backgrounds"]) == 1
+    if not as_played or not 0 <= read_int(save, fields["background"]) < BACKGROUNDS[game.env_id]:
         raise ValueError("Procgen's saved state is not laid out as in procgen 0.10.7")
+    return fields
 
+
+def replace_int(save: bytes, at: int, value: int) -> bytes:
+    return save[:at] + struct.pack("<i", value) + save[at + 4 :]
+
+
+def rewrite(save: bytes, game: Game, name: str, shift: int) -> bytes:
+    """Procgen's saved state, to be drawn otherwise and to go on just the same. `background` takes the one
+    that is `shift` further in Procgen's list, cyclically. ValueError for a save of another layout."""
+    fields = find_fields(save, game)
     if name == "background":
-        field = index
-        value = (read_int(save, index) + shift) % num_backgrounds
-    elif name == "no-background":
-        field = use_backgrounds
-        value = 0
-    else:
-        field = monochrome
-        value = 1
-    return save[:field] + struct.pack("<i", value) + save[field + 4 :]
+        background = read_int(save, fields["background"]) + shift
+        return replace_int(save, fields["background"], background % BACKGROUNDS[game.env_id])
+    if name == "no-background":
+        return replace_int(save, fields["use_backgrounds"], 0)
+    return replace_int(save, fields["monochrome"], 1)
 
 
 def draw_shifts(rng, game: Game, num: int, copies: int) -> np.ndarray:
@@ -1153,21 +1160,33 @@ def publish(results: Path, folder: Path) -> Path:
     return results.replace(folder)
 
 
-def write_tensorboard(log_dir: str, rows: list[dict], folder: Path):
-    """The numbers of the table and the pictures in folder. Failure if they cannot be written."""
+def write_tensorboard(log_dir: str, rows: list[dict], table: str, folder: Path):
+    """The table, its means and the pictures in folder. Failure if they cannot be written. Each label is a run
+    of its own, so that one card compares them all."""
     try:
         with SummaryWriter(log_dir) as writer:
-            for row in rows:
-                tag = f"{row['env_id']}_{row['distribution_mode']}/{row['perturbation']}"
-                for key, value in row.items():
-                    if isinstance(value, float):
-                        writer.add_scalar(f"{tag}/{key}/{row['label']}/{row['checkpoint']}", value)
+            writer.add_text("table", table)
             for path in sorted(folder.glob("*.png")):
+                kind, game = path.stem.split("_", 1)
                 image = imread(path)[..., :3]  # without its opacity
-                writer.add_image(path.stem, image, dataformats="HWC")
+                writer.add_image(f"{game}/{kind}", image, dataformats="HWC")
+        for label in dict.fromkeys(row["label"] for row in rows):
+            with SummaryWriter(Path(log_dir, re.sub(r"\W", "_", label))) as writer:
+                for row in rows:
+                    if row["label"] == label and row["checkpoint"] == "all":
+                        add_means(writer, row)
     except OSError as error:
         message = f"--log-dir {log_dir}: {error.strerror}; the results are in {folder}"
         raise Failure(message) from error
+
+
+def add_means(writer: SummaryWriter, row: dict):
+    """A point for each mean that the row has."""
+    game = f"{row['env_id']}_{row['distribution_mode']}"
+    for measure in [*MEASURES, "return_kept"]:
+        mean = row.get(f"{measure}_mean")
+        if mean is not None:
+            writer.add_scalar(f"{game}_{measure}/{row['perturbation']}", mean)
 
 
 def main(args: Args):
@@ -1199,7 +1218,7 @@ def main(args: Args):
         finally:  # neither a full disk nor a closed pipe costs the other
             print(f"\n{table}")
     if args.log_dir:
-        write_tensorboard(args.log_dir, rows, folder)
+        write_tensorboard(args.log_dir, rows, table, folder)
     print(f"finished: {folder}")
 
 

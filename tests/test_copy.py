@@ -1,4 +1,4 @@
-"""Copying one script into a project of one's own, as the README tells it."""
+"""Copying one script into a project of one's own, as docs/copy.md tells it."""
 
 import re
 import shutil
@@ -15,13 +15,10 @@ FAST_AND_SLOW = pytest.mark.parametrize(
 )
 
 
-def readme_section() -> str:
-    return (ROOT / "README.md").read_text().split("## Copy a script\n")[1].split("\n## ")[0]
-
-
-def readme_block(language: str) -> str:
-    """The one block of the section in that language."""
-    (block,) = re.findall(f"```{language}\n(.*?)```", readme_section(), re.S)
+def block_of_page(language: str) -> str:
+    """The one block in that language."""
+    page = (ROOT / "docs/copy.md").read_text()
+    (block,) = re.findall(f"```{language}\n(.*?)```", page, re.S)
     return block
 
 
@@ -66,10 +63,10 @@ mine.main(mine.parse_args())
 
 
 def copy_with_corridor(name, folder):
-    """Script and environment as the README has them."""
+    """Script and environment as the page has them."""
     shutil.copy(ROOT / f"{name}.py", folder)
-    (folder / "corridor.py").write_text(readme_block("python"))
-    diff = readme_block("diff").replace("ppo_procgen.py", f"{name}.py")
+    (folder / "corridor.py").write_text(block_of_page("python"))
+    diff = block_of_page("diff").replace("ppo_procgen.py", f"{name}.py")
     subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=folder, check=True)
     (folder / "run.py").write_text(
         f"import sys; sys.path.insert(0, '.')\nimport {name} as copy; copy.run_from_shell()"
@@ -77,7 +74,7 @@ def copy_with_corridor(name, folder):
 
 
 @FAST_AND_SLOW
-def test_another_environment_takes_the_lines_that_the_readme_shows(name, tmp_path):
+def test_another_environment_takes_the_lines_that_the_page_shows(name, tmp_path):
     """With tests, and exact enough to go on."""
     copy_with_corridor(name, tmp_path)
     settings = SHORT | {"eval_interval": 1, "num_steps": 64, "total_timesteps": 128}
@@ -93,9 +90,9 @@ def test_another_environment_takes_the_lines_that_the_readme_shows(name, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_corridor_is_learned_by_the_command_of_the_readme(tmp_path):
+def test_the_corridor_is_learned_by_the_command_of_the_page(tmp_path):
     copy_with_corridor("ppo_procgen", tmp_path)
-    words = readme_block("sh").split()
+    words = block_of_page("sh").split()
     assert words[:2] == ["python", "ppo_procgen.py"]
     output = run("run.py", *words[2:], "--device", "cpu", cwd=tmp_path)
     returns = re.search(r"agent 1 +([\d.]+) \+- [\d.]+ +([\d.]+) \+-", output)

@@ -978,15 +978,37 @@ def test_run_from_the_shell(finished):
     assert [float(line["kl_mean"]) for line in lines] == [row["kl_mean"] for row in content["results"]]
 
 
-def test_tensorboard_has_the_numbers_and_the_pictures(finished):
+def test_tensorboard_has_the_table_and_the_pictures(finished):
     _, _, work = finished
     events = read_events(work / "tb")
-    rows = json.loads((work / "out" / "results.json").read_text())["results"]
-    for row in rows:
-        tag = f"starpilot_easy/{row['perturbation']}/kl_mean/{row['label']}/{row['checkpoint']}"
+    assert events.Tags()["scalars"] == []
+    assert events.Tags()["images"] == [f"starpilot_easy/{kind}" for kind in ("copies", "scores", "tsne")]
+    (event,) = events.Tensors("table/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == (work / "out" / "table.md").read_text()
+
+
+def test_tensorboard_has_the_means_of_each_policy(finished):
+    """As a run of its own, a point for each measure and perturbation."""
+    _, _, work = finished
+    events = read_events(work / "tb" / "MDPO")
+    expected = {}
+    for row in results_of(work / "out"):
+        if row["checkpoint"] == "all":
+            for measure in ("kl", "tv", "action_changes", "return_kept"):
+                expected[f"starpilot_easy_{measure}/{row['perturbation']}"] = row[f"{measure}_mean"]
+    expected = {tag: mean for tag, mean in expected.items() if mean is not None}
+    assert "starpilot_easy_kl/random-conv" in expected
+    assert set(events.Tags()["scalars"]) == expected.keys()
+    for tag, mean in expected.items():
         (event,) = events.Scalars(tag)
-        assert event.value == pytest.approx(row["kl_mean"])
-    assert set(events.Tags()["images"]) == {f"{kind}_starpilot_easy" for kind in ("copies", "scores", "tsne")}
+        assert event.value == pytest.approx(mean)
+
+
+def test_no_label_leads_out_of_the_folder_for_tensorboard(good):
+    """It names a folder there, whatever it is."""
+    run_here(*SHORT, "--labels", "../PPO, wide", "--log-dir", "tb/here")
+    assert names_in(good / "tb") == ["here"]
+    assert (good / "tb" / "here" / "___PPO__wide").is_dir()
 
 
 def results_of(folder) -> list[dict]:
