@@ -1177,11 +1177,14 @@ def open_run(args: Args, checkpoint_path: Path | None) -> tuple[Path, object]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise Failure(f"run folder {run_dir}: {error.strerror}") from error
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise Failure(f"run folder {run_dir}: another process is at work in it") from error
-    except OSError as error:
-        raise Failure(f"run folder {run_dir}: {error.strerror}") from error
+    except OSError as error:  # some network file systems have no locks
+        print(f"run folder {run_dir} is not locked: {error.strerror}", flush=True)
     return run_dir, lock
 
 

@@ -333,6 +333,23 @@ def test_two_processes(stopped, straight, tmp_path):
     assert differences(straight.name, straight.run_dir, stopped.run_dir) == []
 
 
+@both_but_ppo_slow
+def test_a_file_system_without_locks(stopped, straight, tmp_path):
+    """The run goes on, and a line says that nothing guards it."""
+
+    def refuse_locks():
+        def refuse(file, operation):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        stopped.script.fcntl = SimpleNamespace(flock=refuse, LOCK_EX=0, LOCK_NB=0)
+
+    words = ["--resume", stopped.run_dir, "--device", "cpu"]
+    ended = run(stopped.script, tmp_path, words, refuse_locks)
+    assert ended.status == 0, ended.err
+    assert f"run folder {stopped.run_dir} is not locked: No locks available" in ended.out
+    assert differences(straight.name, straight.run_dir, stopped.run_dir) == []
+
+
 # Disks.
 
 

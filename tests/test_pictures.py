@@ -47,8 +47,8 @@ def stand_still(obs):
 
 
 def test_the_first_to_end_are_counted_in_each_group():
-    """Ends: in the first group after 2, 3, 4 and twice after 6 steps; in the second after each step, and after
-    5 twice."""
+    """Ends: in the first group after 2, 3, 4 and twice after 6 steps; in the second after each step, and
+    twice after 5."""
     envs = Clockwork([2, 3, 90, 90, 1, 5, 90, 90])
     returns = draw_pictures.first_to_end(stand_still, envs, num_envs=4, num_episodes=5)
     assert returns.tolist() == [[2, 3, 2, 2, 3], [1, 1, 1, 1, 1]]
