@@ -538,12 +538,16 @@ def draw_against_gap(ax, results: list[dict], name: str):
     """The gap against a measure of robustness, a point for each agent; the more renderings it was trained
     on, the larger."""
     numbers = numbers_of(results)
+    sizes = {number: 3 + 2 * index for index, number in enumerate(numbers)}
     for result in results:
+        job = result["job"]
         values = agent_values(result)
-        size = 3 + 2 * numbers.index(result["job"]["num_train"])
-        color = color_of(result["job"]["method"])
-        ax.plot(values[name], values["gap"], "o", color=color, markersize=size, alpha=0.6, markeredgewidth=0)
+        style = {"color": color_of(job["method"]), "alpha": 0.6, "markeredgewidth": 0}
+        ax.plot(values[name], values["gap"], "o", markersize=sizes[job["num_train"]], **style)
+    for number, size in sizes.items():
+        ax.plot([], [], "o", color="grey", markersize=size, label=f"n = {number}")
     ax.set(xlabel=MEASURES[name], ylabel=MEASURES["gap"])
+    ax.legend(fontsize=7)
 
 
 def iterations_of(results: list[dict]) -> list[int]:
@@ -587,7 +591,7 @@ def draw_ratios(ax, results: list[dict]):
     ax.axhline(1, color="grey", linestyle=":")
     ax.set_yscale("symlog", linthresh=1)
     ax.set(xlabel="updates", ylabel="ratio of the sides", title="the bounds over training")
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="center right", bbox_to_anchor=(1, 0.42))
 
 
 def draw_slack(ax, results: list[dict]):
@@ -604,6 +608,7 @@ def draw_slack(ax, results: list[dict]):
         ax.plot(GAMMAS, slacks, "o-", label=bound_label(bound), markersize=3)
     ax.axhline(1, color="grey", linestyle=":")
     ax.set_yscale("symlog", linthresh=0.01)
+    ax.set_ylim(bottom=0)
     ax.set(xlabel="gamma", ylabel="slack / largest return")
     ax.set_title("the bounds, after the last update")
     ax.legend(fontsize=7)
