@@ -1006,7 +1006,7 @@ def draw_copies(names: list[str], setup: Setup, state: States) -> Figure:
         place = {"transform": left.transAxes, "ha": "right", "va": "center"}
         left.text(-0.1, 0.5, name, fontsize=12, **place)
         for axis, image in zip(row_axes, images.values()):
-            axis.imshow(image.round().byte())
+            axis.imshow(image.round().byte().numpy())
     for axis, name in zip(axes[0], first_row):
         axis.set_title(name, fontsize=10)
     figure.suptitle(f"{game.env_id}, {game.distribution_mode}: one observation and its perturbed copies")
