@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from helpers import Count, Failure, Range, check_folder, check_ranges, copy_script, fail, replacing, run_tool
 from renderings import World, evaluate_bounds, optimal_values, pair_distances, policies_of, visitations
-from scipy.stats import spearmanr
+from scipy.stats import sem, spearmanr, ttest_ind
+from scipy.stats import t as student_t
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -331,7 +332,7 @@ MEASURES = {  # of an agent, and what the table calls them
     "mean_train_robustness": "mean R of training",
 }
 ROBUSTNESS = ["robustness", "mean_robustness", "mean_train_robustness"]
-RESAMPLES = 2000  # of the bootstrap
+RESAMPLES = 500  # of the bootstrap
 
 
 def agent_values(result: dict) -> dict[str, np.ndarray]:
@@ -373,7 +374,7 @@ def methods_of(results: list[dict]) -> list[str]:
 
 
 class Interval(NamedTuple):
-    """A number and the 95 % interval of its bootstrap over trainings."""
+    """A number and its 95 % interval over trainings."""
 
     middle: float
     low: float
@@ -383,22 +384,23 @@ class Interval(NamedTuple):
         return f"{self.middle:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Means of as many values drawn with replacement, (RESAMPLES,)."""
-    rng = np.random.default_rng(seed)
-    return rng.choice(values, size=(RESAMPLES, len(values))).mean(-1)
-
-
 def mean_interval(values: np.ndarray) -> Interval:
-    low, high = np.percentile(resampled_means(values), [2.5, 97.5])
-    return Interval(values.mean(), low, high)
+    """Student's. NaN for the limits of one value."""
+    middle = values.mean()
+    if len(values) < 2:
+        return Interval(middle, np.nan, np.nan)
+    half = student_t.ppf(0.975, len(values) - 1) * sem(values)
+    return Interval(middle, middle - half, middle + half)
 
 
 def difference_interval(values: np.ndarray, of_baseline: np.ndarray) -> Interval:
-    """Of the difference of the means. Seeds of two methods have nothing in common, so each is resampled."""
-    differences = resampled_means(values) - resampled_means(of_baseline, seed=1)
-    low, high = np.percentile(differences, [2.5, 97.5])
-    return Interval(values.mean() - of_baseline.mean(), low, high)
+    """Of the difference of the means, Welch's: seeds of two methods have nothing in common. NaN for the
+    limits if either is one value."""
+    middle = values.mean() - of_baseline.mean()
+    if min(len(values), len(of_baseline)) < 2:
+        return Interval(middle, np.nan, np.nan)
+    low, high = ttest_ind(values, of_baseline, equal_var=False).confidence_interval(0.95)
+    return Interval(middle, low, high)
 
 
 def rank_correlation(results: list[dict], name: str) -> float:
@@ -412,10 +414,11 @@ def rank_correlation(results: list[dict], name: str) -> float:
 
 
 def correlation_interval(results: list[dict], name: str) -> Interval:
-    """Of rank_correlation. Trainings are resampled, with all their agents; NaN where there is none."""
+    """Of rank_correlation, by the bootstrap: trainings are resampled, with all their agents. NaN where there
+    is none."""
     rng = np.random.default_rng(0)
     samples = []
-    for _ in range(RESAMPLES // 4):  # each takes long
+    for _ in range(RESAMPLES):
         rows = rng.integers(len(results), size=len(results))
         samples.append(rank_correlation([results[row] for row in rows], name))
     middle = rank_correlation(results, name)

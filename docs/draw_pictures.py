@@ -5,7 +5,7 @@
 
 method and speed read benchmark/results and take seconds. resume trains twice, copy trains in the corridor of
 docs/copy.md, differences plays bigfish at random, and toy_example runs benchmark/toy_example.py: one or two
-minutes each.
+minutes each. It needs benchmark/requirements.txt.
 """
 
 import importlib.util

@@ -987,28 +987,39 @@ def test_tensorboard_has_the_table_and_the_pictures(finished):
     assert event.tensor_proto.string_val[0].decode() == (work / "out" / "table.md").read_text()
 
 
-def test_tensorboard_has_the_means_of_each_policy(finished):
-    """As a run of its own, a point for each measure and perturbation."""
-    _, _, work = finished
-    events = read_events(work / "tb" / "MDPO")
+def check_means(folder, rows: list[dict]):
+    """A point for each measure and perturbation."""
+    events = read_events(folder)
     expected = {}
-    for row in results_of(work / "out"):
-        if row["checkpoint"] == "all":
-            for measure in ("kl", "tv", "action_changes", "return_kept"):
-                expected[f"starpilot_easy_{measure}/{row['perturbation']}"] = row[f"{measure}_mean"]
-    expected = {tag: mean for tag, mean in expected.items() if mean is not None}
-    assert "starpilot_easy_kl/random-conv" in expected
+    for row in rows:
+        for measure in ("kl", "tv", "action_changes", "return_kept"):
+            mean = row.get(f"{measure}_mean")
+            if mean is not None:
+                expected[f"starpilot_easy_{measure}/{row['perturbation']}"] = mean
     assert set(events.Tags()["scalars"]) == expected.keys()
     for tag, mean in expected.items():
         (event,) = events.Scalars(tag)
         assert event.value == pytest.approx(mean)
 
 
-def test_no_label_leads_out_of_the_folder_for_tensorboard(good):
-    """It names a folder there, whatever it is."""
-    run_here(*SHORT, "--labels", "../PPO, wide", "--log-dir", "tb/here")
+def test_tensorboard_has_the_means_over_agents(finished):
+    _, _, work = finished
+    rows = results_of(work / "out")
+    rows = [row for row in rows if row["checkpoint"] == "all"]
+    assert rows
+    check_means(work / "tb" / "MDPO", rows)
+
+
+def test_tensorboard_has_a_run_for_each_label(good):
+    """Which leads out of the folder never."""
+    save_agent(good / "other.pt", make_agent(2), **STARPILOT)
+    words = [*SHORT[:2], "other.pt", *SHORT[2:]]
+    run_here(*words, "--labels", "../PPO, wide", "other", "--log-dir", "tb/here")
     assert names_in(good / "tb") == ["here"]
-    assert (good / "tb" / "here" / "___PPO__wide").is_dir()
+    for label, folder in (("../PPO, wide", "___PPO__wide"), ("other", "other")):
+        rows = [row for row in results_of(good / "out") if row["label"] == label]
+        assert rows
+        check_means(good / "tb" / "here" / folder, rows)
 
 
 def results_of(folder) -> list[dict]:

@@ -201,25 +201,39 @@ def test_values_are_of_the_last_row():
 
 
 def test_interval_of_the_mean():
-    """That of the normal distribution, of many values."""
-    values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
+    """Student's t of 4 degrees of freedom is 2.776."""
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     mean, low, high = theory.mean_interval(values)
-    assert mean == values.mean()
-    half = 1.96 * values.std() / 20
-    assert low == pytest.approx(mean - half, abs=0.1 * half)
-    assert high == pytest.approx(mean + half, abs=0.1 * half)
+    assert mean == 3.0
+    half = 2.776 * np.sqrt(2.5 / 5)
+    assert low == pytest.approx(3 - half, abs=1e-3)
+    assert high == pytest.approx(3 + half, abs=1e-3)
 
 
 def test_interval_of_a_difference():
-    """Wider than either: the errors are independent."""
-    rng = np.random.default_rng(1)
-    values = rng.normal(3.0, 2.0, size=400)
-    baseline = rng.normal(1.0, 1.0, size=300)
-    middle, low, high = theory.difference_interval(values, baseline)
-    assert middle == values.mean() - baseline.mean()
-    half = 1.96 * np.sqrt(values.var() / 400 + baseline.var() / 300)
-    assert low == pytest.approx(middle - half, abs=0.1 * half)
-    assert high == pytest.approx(middle + half, abs=0.1 * half)
+    """Of as many values with the same variance Student's, and here of 8 degrees of freedom."""
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    middle, low, high = theory.difference_interval(values + 2, values)
+    assert middle == 2.0
+    half = 2.306 * np.sqrt(2 * 2.5 / 5)
+    assert low == pytest.approx(2 - half, abs=1e-3)
+    assert high == pytest.approx(2 + half, abs=1e-3)
+
+
+def test_variances_may_differ():
+    """Then the many values that are sure add nearly nothing to what the few unsure ones leave open."""
+    few = np.array([0.0, 1.0, 2.0])
+    many = np.linspace(-0.001, 0.001, 100)
+    _, low, high = theory.difference_interval(few, many)
+    _, low_alone, high_alone = theory.mean_interval(few)
+    assert low == pytest.approx(low_alone, abs=1e-3)
+    assert high == pytest.approx(high_alone, abs=1e-3)
+
+
+def test_one_training_has_no_interval():
+    one = np.array([0.5])
+    assert str(theory.mean_interval(one)) == "0.500 (nan to nan)"
+    assert str(theory.difference_interval(one, np.array([0.1, 0.3]))) == "0.300 (nan to nan)"
 
 
 def made_by_hand(robustness, gaps) -> list[dict]:
@@ -291,17 +305,17 @@ def two_methods() -> list[dict]:
 
 def test_table_of_methods(two_methods):
     on_one, on_four, of_mdpo = cells(theory.method_table(two_methods))
-    assert on_one[:5] == ["PPO", "1", "2", "0.800 (0.800 to 0.800)", "0.300 (0.200 to 0.400)"]
-    assert on_one[5:7] == ["0.500 (0.400 to 0.600)", "0.375 (0.250 to 0.500)"]
-    assert on_one[7:] == ["0.188 (0.125 to 0.250)", "0.094 (0.062 to 0.125)"]
+    assert on_one[:5] == ["PPO", "1", "2", "0.800 (0.800 to 0.800)", "0.300 (-0.971 to 1.571)"]
+    assert [cell.split()[0] for cell in on_one[5:]] == ["0.500", "0.375", "0.188", "0.094"]
     assert on_four[:3] == ["PPO", "4", "2"]
-    assert of_mdpo[:5] == ["MDPO", "4", "2", "0.800 (0.800 to 0.800)", "0.500 (0.400 to 0.600)"]
+    assert of_mdpo[:5] == ["MDPO", "4", "2", "0.800 (0.800 to 0.800)", "0.500 (-0.771 to 1.771)"]
 
 
+@pytest.mark.filterwarnings("ignore:Precision loss")  # eta is the same in all
 def test_table_of_differences(two_methods):
     (row,) = cells(theory.difference_table(two_methods))
-    assert row[:4] == ["MDPO", "4", "0.000 (0.000 to 0.000)", "0.200 (0.000 to 0.400)"]
-    assert row[4] == "-0.200 (-0.400 to 0.000)"
+    assert row[:2] == ["MDPO", "4"]
+    assert row[3:5] == ["0.200 (-0.408 to 0.808)", "-0.200 (-0.808 to 0.408)"]
 
 
 def test_table_of_correlations(two_methods):
