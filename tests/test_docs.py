@@ -112,7 +112,7 @@ def understand(command: str):
     if "--help" in flags:
         return
     of_scripts = []  # the flags that go to training scripts
-    if module.__name__ == "sweep":
+    if module.__name__ in ("sweep", "backgrounds"):
         flags, of_scripts = module.split_words(flags)
     if module.__name__ == "throughput":
         _, of_scripts = tyro.cli(module.Args, args=flags, return_unknown_args=True)
