@@ -2,7 +2,8 @@
 
 Trains by one of the scripts on every level that there is, but with only the first few backgrounds of the
 game's list, and tests on every level with all backgrounds: training and test differ in the rendering alone
-(definition 3.6), and the gap is what the new backgrounds cost. What follows `--` goes to the script.
+(definition 3.6), and the gap is what the new backgrounds cost. What follows `--` goes to the script. To go on
+give the same command with --resume after `--`: the script alone would train on all backgrounds.
 
     python benchmark/backgrounds.py mdpo_procgen --backgrounds 1 -- --env-id fruitbot --distribution-mode easy
 """
@@ -80,12 +81,17 @@ def make_envs(make_procgen, number: int, args, num: int, num_levels: int, start_
     return FewBackgrounds(envs, game, number)
 
 
-def parse_script_args(script, parse_args, number: int):
-    """In place of a script's parse_args: a Failure of the script's if the game has fewer backgrounds."""
-    args = parse_args()
-    there_are = BACKGROUNDS[args.env_id]
-    if number > there_are:
-        raise script.Failure(f"--backgrounds must be at most {there_are} for {args.env_id}, not {number}")
+def parse_script_args(script, parse_original, number: int):
+    """In place of a script's parse_args, which is parse_original: a Failure of the script's if the game has
+    no more backgrounds, or the levels are not told from those of the tests."""
+    args = parse_original()
+    most = BACKGROUNDS[args.env_id] - 1
+    if most == 0:
+        raise script.Failure(f"--env-id: {args.env_id} has only one background")
+    if number > most:
+        raise script.Failure(f"--backgrounds must be at most {most} for {args.env_id}, not {number}")
+    if args.num_levels == 0:
+        raise script.Failure("--num-levels must not be 0 here: leave it out for all levels")
     return args
 
 

@@ -304,7 +304,7 @@ def start_ray(args: Args) -> float:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if args.address != "local" and "RAY_AUTH_MODE" not in os.environ:
-            reason += "; if the cluster wants a token, RAY_AUTH_MODE=token gives it"
+            reason += "; if the cluster wants a token, set RAY_AUTH_MODE=token"
         fail(f"--address {args.address}: {reason}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most_cpus = max(node.get("CPU", 0) for node in nodes)

@@ -99,7 +99,7 @@ class Args:
     quick: bool = False
     """PPO and MDPO with two seeds and a part of the steps, in about ten minutes on two cores"""
     output: Path = Path("theory")
-    """folder for the trainings, the table and the figures"""
+    """folder for the trainings, the tables and the figures"""
 
     def __post_init__(self):
         check_ranges(self)
@@ -251,13 +251,20 @@ def measure(world: World, num_train: int, before: list, after: list, gammas) -> 
         distances = pair_distances(visitations(world.mdp, old), old)
         train_distances = distances[:num_train, :num_train]
         results["train_robustness"] = float(train_distances.max())
-        results["mean_robustness"] = float(distances.mean())  # all renderings are equally likely
-        results["mean_train_robustness"] = float(train_distances.mean())
+        results["mean_robustness"] = mean_of_pairs(distances)
+        results["mean_train_robustness"] = mean_of_pairs(train_distances)
         agents.append(results)
         for each in gammas:
             bounds = bounds_of(world, num_train, old, new, each)
             at_gamma[str(each)].append(bounds)
     return {"agents": agents, "at_gamma": at_gamma}
+
+
+def mean_of_pairs(distances: np.ndarray) -> float:
+    """Of pair_distances, (F, F), over different renderings; 0 if there is one alone."""
+    number = len(distances)
+    num_pairs = max(1, number * (number - 1))
+    return float(distances.sum() / num_pairs)  # that of a rendering to itself is 0
 
 
 def bounds_of(world: World, num_train: int, before, after, gamma: float) -> dict:

@@ -89,12 +89,18 @@ def test_a_run_and_its_end(tmp_path):
     assert "finished after 64 steps" in done.stdout
 
 
-def test_a_game_with_fewer_backgrounds(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmark/backgrounds.py"), "ppo_procgen", "--backgrounds", "10"]
-    command += ["--", "--env-id", "fruitbot"]
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--backgrounds 9 -- --env-id fruitbot", "--backgrounds must be at most 8 for fruitbot, not 9"),
+        ("-- --env-id chaser", "--env-id: chaser has only one background"),
+        ("-- --num-levels 0", "--num-levels must not be 0 here: leave it out for all levels"),
+    ],
+)
+def test_what_could_not_be_told_from_the_test(words, message, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmark/backgrounds.py"), "ppo_procgen", *words.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    message = error_message(done.returncode, done.stdout, done.stderr)
-    assert "--backgrounds must be at most 9 for fruitbot, not 10" in message
+    assert message in error_message(done.returncode, done.stdout, done.stderr)
     assert list(tmp_path.iterdir()) == []
 
 

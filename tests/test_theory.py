@@ -109,6 +109,12 @@ def test_one_rendering_deceives_nobody():
     assert agent["robustness"] > 0
 
 
+def test_a_mean_over_pairs_leaves_out_the_distance_to_oneself():
+    distances = np.array([[0.0, 0.2, 0.4], [0.6, 0.0, 0.8], [0.4, 0.6, 0.0]])
+    assert theory.mean_of_pairs(distances) == pytest.approx(0.5)
+    assert theory.mean_of_pairs(np.zeros((1, 1))) == 0
+
+
 def test_a_seed_gives_the_same_again():
     first = train("ppo")
     assert train("ppo") == first
