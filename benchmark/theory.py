@@ -18,10 +18,10 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -72,13 +72,23 @@ BATCH_SIZE = SETTINGS["num_envs"] * SETTINGS["num_steps"]  # of an agent, if its
 
 GAMMAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9)  # at which the bounds are computed for the last update
 
+QUICK = {  # what --quick makes of the flags
+    "methods": ("ppo", "mdpo"),
+    "num_train": (1, 8),
+    "seeds": 2,
+    "total_timesteps": 120_000,
+    "num_renderings": 32,
+    "measurements": 5,
+}
+
+MethodName = Literal[tuple(METHODS)]
 Counts = Annotated[tuple[int, ...], Range(1, 10_000)]
 Probability = Annotated[float, Range(0, 0.999)]
 
 
 @dataclass
 class Args:
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[MethodName, ...] = tuple(METHODS)
     """which ways to train, in the order of the table"""
     num_train: Counts = (2, 4, 8, 16)
     """numbers of renderings to train on"""
@@ -103,26 +113,22 @@ class Args:
 
     def __post_init__(self):
         check_ranges(self)
-        unknown = [method for method in self.methods if method not in METHODS]
-        if unknown or not self.methods:
-            raise ValueError(f"--methods must be some of {', '.join(METHODS)}, not {' '.join(unknown)}")
+        if self.quick:
+            self.shorten()
+        if not self.methods:
+            raise ValueError(f"--methods needs one or more of {', '.join(METHODS)}")
         if max(self.num_train) > self.num_renderings:
             raise ValueError(f"--num-train must be at most --num-renderings, {self.num_renderings}")
         if self.total_timesteps < BATCH_SIZE:
             raise ValueError(f"--total-timesteps must be at least {BATCH_SIZE}, not {self.total_timesteps}")
 
-
-def shortened(args: Args) -> Args:
-    """What --quick makes of it."""
-    return replace(
-        args,
-        methods=("ppo", "mdpo"),
-        num_train=(1, 8),
-        seeds=2,
-        total_timesteps=120_000,
-        num_renderings=32,
-        measurements=5,
-    )
+    def shorten(self):
+        """Raises ValueError if a flag of QUICK was given, too: which of the two counts?"""
+        for name, value in QUICK.items():
+            if getattr(self, name) != type(self).__dict__[name]:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"--quick has a {flag} of its own: leave out one of the two")
+            setattr(self, name, value)
 
 
 class Job(NamedTuple):
@@ -163,7 +169,7 @@ def find_jobs(args: Args) -> list[Job]:
         for num_train in args.num_train:
             for method in args.methods:
                 jobs.append(Job(method, num_train, seed))
-    return jobs
+    return list(dict.fromkeys(jobs))  # each once
 
 
 class Silent:
@@ -480,6 +486,8 @@ def difference_table(results: list[dict]) -> str:
                 values = training_values(group, name)
                 row.append(str(difference_interval(values, training_values(baseline, name))))
             rows.append(row)
+    if len(rows) == 1:
+        return "Nothing to compare: no other method was trained where PPO was.\n"
     return markdown(rows)
 
 
@@ -629,7 +637,9 @@ def mean_of(agents: list[dict], name: str) -> float:
 
 
 def mean_ratio(agents: list[dict], name: str, to: str) -> float:
-    return float(np.mean([agent[name] / agent[to] for agent in agents]))
+    """NaN where there is nothing to divide by."""
+    ratios = [agent[name] / agent[to] if agent[to] else np.nan for agent in agents]
+    return float(np.mean(ratios))
 
 
 def draw_renderings(design: Design):
@@ -646,8 +656,6 @@ def draw_renderings(design: Design):
 
 
 def main(args: Args):
-    if args.quick:
-        args = shortened(args)
     check_folder("--output", args.output)
     design = find_design(args)
     jobs = find_jobs(args)

@@ -426,6 +426,8 @@ def test_order_of_the_trainings():
     jobs = theory.find_jobs(args)
     assert [job.seed for job in jobs] == [1] * 4 + [2] * 4
     assert len(set(jobs)) == 8
+    twice = tiny_args(None, methods=("ppo", "ppo"), num_train=(2, 2))
+    assert theory.find_jobs(twice) == [Job("ppo", 2, 1)]
     assert {job.method for job in jobs[:4]} == {"ppo", "mdpo"}
 
 
@@ -434,17 +436,18 @@ def test_the_tables_are_printed(made, capsys):
     tables = (made / "tables.md").read_text()
     assert tables in capsys.readouterr().out
     assert tables.count("\n| PPO |") == 1
+    assert "Nothing to compare" in tables
 
 
 def test_quick(tmp_path, capsys, monkeypatch):
-    """Is of PPO and MDPO, on two numbers of renderings with two seeds, whatever else was asked for."""
+    """Is of PPO and MDPO, on two numbers of renderings with two seeds."""
 
     def stop(jobs, design, args):
         raise Failure(" ".join(job.method for job in jobs))
 
     monkeypatch.setattr(theory, "run_jobs", stop)
     with pytest.raises(SystemExit):
-        run("--quick", "--methods", "spo", "--output", str(tmp_path))
+        run("--quick", "--output", str(tmp_path))
     captured = capsys.readouterr()
     assert captured.out == "trainings: 8, to be made: 8\n"
     assert captured.err.endswith(4 * " ppo mdpo" + "\n")
@@ -461,7 +464,9 @@ def rejection(capsys, *words: str) -> str:
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--methods ppo dqn", "--methods must be some of ppo, mdpo, spo, mdspo"),
+        ("--methods ppo dqn", "invalid choice 'dqn'"),
+        ("--methods", "--methods needs one or more of ppo, mdpo, spo, mdspo"),
+        ("--quick --seeds 3", "--quick has a --seeds of its own: leave out one of the two"),
         ("--num-train 1 65", "--num-train must be at most --num-renderings, 64"),
         ("--num-train 0", "--num-train must be from 1 to 10000, not 0"),
         ("--gamma 1", "--gamma must be from 0 to 0.999, not 1.0"),
