@@ -505,16 +505,28 @@ def correlation_table(results: list[dict]) -> str:
 
 
 def draw(args: Args, results: list[dict], design: Design):
-    """performance, training and renderings, each as .pdf and .png."""
+    """performance, training, renderings, and if there is what to compare, differences, each as .pdf and
+    .png."""
     plt.rcParams.update({"font.size": 9, "pdf.fonttype": 42})
     figure, panels = plt.subplots(2, 2, figsize=(8, 6.4), layout="constrained")
     draw_over_number(panels[0, 0], results, "zeta")
     draw_over_number(panels[0, 1], results, "gap")
     draw_against_gap(panels[1, 0], results, "robustness")
     draw_against_gap(panels[1, 1], results, "mean_robustness")
-    lines, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=3)
+    lines = []
+    for method in methods_of(results):
+        lines.append(plt.Line2D([], [], color=color_of(method), marker="o", label=METHODS[method].label))
+    figure.legend(handles=lines, loc="outside lower center", ncols=4)
     save(figure, args.output / "performance")
+    num_methods = len(methods_of(results))
+    if of_method(results, "ppo") and num_methods > 1:
+        size = (10, 1.6 + 0.4 * num_methods)
+        figure, panels = plt.subplots(1, 3, figsize=size, layout="constrained", sharey=True)
+        for ax, name in zip(panels, ["zeta", "gap", "mean_robustness"]):
+            draw_differences(ax, results, name)
+        lines, labels = panels[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=len(lines))
+        save(figure, args.output / "differences")
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
     draw_distillation(panels[0], results)
     draw_ratios(panels[1], results)
@@ -537,19 +549,44 @@ def color_of(method: str) -> str:
 
 
 def draw_over_number(ax, results: list[dict], name: str):
-    """A measure, with its interval, over n."""
+    """A measure, with its interval, over n, of the methods that were trained on several."""
     for method in methods_of(results):
         some = of_method(results, method)
         numbers = numbers_of(some)
+        if len(numbers) == 1:
+            continue
         intervals = [mean_interval(training_values(of_number(some, number), name)) for number in numbers]
         middles, lows, highs = np.transpose(intervals)
         color = color_of(method)
-        ax.plot(numbers, middles, "o-", color=color, label=METHODS[method].label, markersize=3)
+        ax.plot(numbers, middles, "o-", color=color, markersize=3)
         ax.fill_between(numbers, lows, highs, color=color, alpha=0.2, linewidth=0)
     ax.set_xscale("log", base=2)
     ax.set_xticks(numbers_of(results), numbers_of(results))
     ax.minorticks_off()
     ax.set(xlabel="training renderings n", ylabel=MEASURES[name])
+
+
+def draw_differences(ax, results: list[dict], name: str):
+    """How far each method's mean of a measure is from PPO's, with its interval, a point for each n."""
+    baselines = of_method(results, "ppo")
+    methods = [method for method in methods_of(results) if method != "ppo"]
+    numbers = numbers_of(baselines)
+    for index, number in enumerate(numbers):
+        baseline = training_values(of_number(baselines, number), name)
+        color = plt.cm.viridis(index / len(numbers))
+        shift = 0.6 * (index + 0.5) / len(numbers) - 0.3  # so that no point hides another
+        for row, method in enumerate(methods):
+            group = of_number(of_method(results, method), number)
+            if not group:
+                continue
+            middle, low, high = difference_interval(training_values(group, name), baseline)
+            ax.plot([low, high], [row + shift] * 2, "-", color=color)
+            ax.plot([middle], [row + shift], "o", color=color, markersize=4)
+        ax.plot([], [], "o-", color=color, markersize=4, label=f"n = {number}")
+    ax.axvline(0, color="grey", linestyle=":")
+    ax.set_yticks(range(len(methods)), [METHODS[method].label for method in methods])
+    ax.set_ylim(len(methods) - 0.5, -0.5)
+    ax.set(xlabel=f"{MEASURES[name]}, minus PPO's")
 
 
 def draw_against_gap(ax, results: list[dict], name: str):

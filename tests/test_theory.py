@@ -344,9 +344,18 @@ def axes():
 
 def test_a_measure_over_the_number_of_renderings(axes, two_methods):
     theory.draw_over_number(axes[0], two_methods, "zeta")
-    of_ppo, of_mdpo = points(axes[0])
+    (of_ppo,) = points(axes[0])
     assert of_ppo == pytest.approx(np.array([[1, 0.3], [4, 0.3]]))
-    assert of_mdpo == pytest.approx(np.array([[4, 0.5]]))
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")  # eta is the same in all
+def test_differences_from_ppo(axes, two_methods):
+    theory.draw_differences(axes[0], two_methods, "zeta")
+    lines = points(axes[0])
+    interval, middle = lines[1:3]  # after the legend's of n = 1, on which there is no other method
+    assert np.array(interval)[:, 0] == pytest.approx([-0.408, 0.808], abs=0.001)
+    assert middle[0][0] == pytest.approx(0.2)
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["MDPO"]
 
 
 def test_a_point_for_each_agent(axes):
