@@ -13,13 +13,10 @@ import contextlib
 import io
 import json
 import os
-import signal
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -27,10 +24,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from helpers import Count, Failure, Range, check_folder, check_ranges, copy_script, fail, replacing, run_tool
+from processes import process_pool
 from renderings import World, evaluate_bounds, optimal_values, pair_distances, policies_of, visitations
 from scipy.stats import sem, spearmanr, ttest_ind
 from scipy.stats import t as student_t
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 
@@ -284,32 +281,20 @@ def run_jobs(jobs: list[Job], design: Design, args: Args):
     if not jobs:
         return
     world = World(design.grid_size, design.gamma, design.num_renderings)
-    context = get_context("fork")  # which shares the pictures; no thread of torch's runs yet
     processes = args.processes or len(os.sched_getaffinity(0))
     costs = {job: METHODS[job.method].cost for job in jobs}
     total = sum(costs.values())
     bar = tqdm(total=total, unit="PPO", disable=not sys.stderr.isatty())
-    with ProcessPoolExecutor(processes, context, begin_process) as pool, bar:
-        try:
-            futures = {}
-            for job in jobs:
-                future = pool.submit(train, job, design, world)
-                futures[future] = job
-            for future in as_completed(futures):
-                job = futures[future]
-                text = json.dumps(future.result())
-                write_text(args.output / job.file_name(), text)
-                bar.update(costs[job])
-        except BrokenProcessPool:
-            fail("a training was killed: is there enough memory? fewer --processes need less")
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def begin_process():
-    torch.set_num_threads(1)
-    threadpool_limits(1)  # numpy's, for the linear solves
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback of its own
+    with process_pool(processes) as pool, bar:
+        futures = {}
+        for job in jobs:
+            future = pool.submit(train, job, design, world)
+            futures[future] = job
+        for future in as_completed(futures):
+            job = futures[future]
+            text = json.dumps(future.result())
+            write_text(args.output / job.file_name(), text)
+            bar.update(costs[job])
 
 
 def write_text(path: Path, text: str):

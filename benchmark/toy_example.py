@@ -12,16 +12,11 @@ rollout in 4 minibatches, the mean reward as the baseline, and what the map vari
 the same number of iterations: what lies between 0 and 1 there is on its way, or differs between seeds.
 """
 
-import ctypes
 import os
-import signal
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -30,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from helpers import Range, check_ranges, fail, replacing, run_tool
+from processes import process_pool
 from tqdm import tqdm
 
 from mdpo_procgen import Agent, mutual_kl, policy_loss
@@ -250,23 +246,10 @@ def make_map(args: Args) -> np.ndarray:
 
 def run_jobs(jobs: list, processes: int) -> list:
     """What the jobs return, in their order. After Ctrl-C none goes on."""
-    context = get_context("fork")  # which imports nothing anew; no thread of torch's runs yet
-    with ProcessPoolExecutor(processes, context, begin_process) as pool:
-        try:
-            futures = [pool.submit(job) for job in jobs]
-            progress = tqdm(futures, unit="training", disable=not sys.stderr.isatty())
-            return [future.result() for future in progress]
-        except BrokenProcessPool:
-            fail("a training was killed: is there enough memory? fewer --processes need less")
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def begin_process():
-    """In each of the pool's. However the tool ends, they are to end, and without a traceback of their own."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the parent is no more
+    with process_pool(processes) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        progress = tqdm(futures, unit="training", disable=not sys.stderr.isatty())
+        return [future.result() for future in progress]
 
 
 def print_table(args: Args, results: np.ndarray):
