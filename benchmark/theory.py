@@ -24,10 +24,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from helpers import Count, Failure, Range, check_folder, check_ranges, copy_script, fail, replacing, run_tool
+from intervals import Interval, correlation_interval, difference_interval, markdown, mean_interval
 from processes import process_pool
 from renderings import World, evaluate_bounds, optimal_values, pair_distances, policies_of, visitations
-from scipy.stats import sem, spearmanr, ttest_ind
-from scipy.stats import t as student_t
 from tqdm import tqdm
 
 
@@ -330,7 +329,6 @@ MEASURES = {  # of an agent, and what the table calls them
     "mean_train_robustness": "mean R of training",
 }
 ROBUSTNESS = ["robustness", "mean_robustness", "mean_train_robustness"]
-RESAMPLES = 500  # of the bootstrap
 
 
 def agent_values(result: dict) -> dict[str, np.ndarray]:
@@ -369,68 +367,6 @@ def methods_of(results: list[dict]) -> list[str]:
     """In the order of METHODS."""
     found = {result["job"]["method"] for result in results}
     return [method for method in METHODS if method in found]
-
-
-class Interval(NamedTuple):
-    """A number and its 95 % interval over trainings."""
-
-    middle: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.middle:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-
-def mean_interval(values: np.ndarray) -> Interval:
-    """Student's. NaN for the limits of one value."""
-    middle = values.mean()
-    if len(values) < 2:
-        return Interval(middle, np.nan, np.nan)
-    half = student_t.ppf(0.975, len(values) - 1) * sem(values)
-    return Interval(middle, middle - half, middle + half)
-
-
-def difference_interval(values: np.ndarray, of_baseline: np.ndarray) -> Interval:
-    """Of the difference of the means, Welch's: seeds of two methods have nothing in common. NaN for the
-    limits if either is one value."""
-    middle = values.mean() - of_baseline.mean()
-    if min(len(values), len(of_baseline)) < 2:
-        return Interval(middle, np.nan, np.nan)
-    low, high = ttest_ind(values, of_baseline, equal_var=False).confidence_interval(0.95)
-    return Interval(middle, low, high)
-
-
-def rank_correlation(results: list[dict], name: str) -> float:
-    """Spearman's, of a measure with the gap, a point for each agent. NaN if either has one value only."""
-    values = [agent_values(result) for result in results]
-    of_measure = np.concatenate([each[name] for each in values])
-    gaps = np.concatenate([each["gap"] for each in values])
-    if np.ptp(of_measure) == 0 or np.ptp(gaps) == 0:
-        return np.nan
-    return spearmanr(of_measure, gaps).statistic
-
-
-def correlation_interval(results: list[dict], name: str) -> Interval:
-    """Of rank_correlation, by the bootstrap: trainings are resampled, with all their agents. NaN where there
-    is none."""
-    rng = np.random.default_rng(0)
-    samples = []
-    for _ in range(RESAMPLES):
-        rows = rng.integers(len(results), size=len(results))
-        samples.append(rank_correlation([results[row] for row in rows], name))
-    middle = rank_correlation(results, name)
-    if np.isnan(samples).all():
-        return Interval(middle, np.nan, np.nan)
-    low, high = np.nanpercentile(samples, [2.5, 97.5])
-    return Interval(middle, low, high)
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table, of which the first row is the head."""
-    head, *body = rows
-    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body]]
-    return "\n".join(lines) + "\n"
 
 
 def make_tables(results: list[dict]) -> str:
@@ -484,9 +420,18 @@ def correlation_table(results: list[dict]) -> str:
     for label, group in groups.items():
         row = [label, str(len(group))]
         for name in ROBUSTNESS:
-            row.append(str(correlation_interval(group, name)))
+            row.append(str(correlation_with_gap(group, name)))
         rows.append(row)
     return markdown(rows)
+
+
+def correlation_with_gap(results: list[dict], name: str) -> Interval:
+    """Of one of the MEASURES, a point for each agent."""
+    trainings = []
+    for result in results:
+        values = agent_values(result)
+        trainings.append((values[name], values["gap"]))
+    return correlation_interval(trainings)
 
 
 def draw(args: Args, results: list[dict], design: Design):

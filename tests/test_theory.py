@@ -206,88 +206,13 @@ def test_values_are_of_the_last_row():
     assert theory.agent_values(result)["eta"] == pytest.approx([0.8])
 
 
-def test_interval_of_the_mean():
-    """Student's t of 4 degrees of freedom is 2.776."""
-    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    mean, low, high = theory.mean_interval(values)
-    assert mean == 3.0
-    half = 2.776 * np.sqrt(2.5 / 5)
-    assert low == pytest.approx(3 - half, abs=1e-3)
-    assert high == pytest.approx(3 + half, abs=1e-3)
-
-
-def test_interval_of_a_difference():
-    """Of as many values with the same variance Student's, and here of 8 degrees of freedom."""
-    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    middle, low, high = theory.difference_interval(values + 2, values)
-    assert middle == 2.0
-    half = 2.306 * np.sqrt(2 * 2.5 / 5)
-    assert low == pytest.approx(2 - half, abs=1e-3)
-    assert high == pytest.approx(2 + half, abs=1e-3)
-
-
-def test_variances_may_differ():
-    """Then the many values that are sure add nearly nothing to what the few unsure ones leave open."""
-    few = np.array([0.0, 1.0, 2.0])
-    many = np.linspace(-0.001, 0.001, 100)
-    _, low, high = theory.difference_interval(few, many)
-    _, low_alone, high_alone = theory.mean_interval(few)
-    assert low == pytest.approx(low_alone, abs=1e-3)
-    assert high == pytest.approx(high_alone, abs=1e-3)
-
-
-def test_one_training_has_no_interval():
-    one = np.array([0.5])
-    assert str(theory.mean_interval(one)) == "0.500 (nan to nan)"
-    assert str(theory.difference_interval(one, np.array([0.1, 0.3]))) == "0.300 (nan to nan)"
-
-
-def made_by_hand(robustness, gaps) -> list[dict]:
-    """Trainings with one agent, whose eta is the optimum."""
-    return [make_result(agents=[(5.0, 5.0 - 5 * gap, each)]) for each, gap in zip(robustness, gaps)]
-
-
-def test_rank_correlation():
-    """By hand: 1 - 6 sum d^2 / (n (n^2 - 1)) where no values are equal."""
-    robustness = [0.1, 0.2, 0.3, 0.4, 5.0]
-    results = made_by_hand(robustness, [0.2, 0.1, 0.9, 0.5, 0.4])
-    differences = np.array([0, 1, 2, 3, 4]) - np.array([1, 0, 4, 3, 2])
-    expected = 1 - 6 * (differences**2).sum() / (5 * 24)
-    assert theory.rank_correlation(results, "robustness") == pytest.approx(expected)
-    results = made_by_hand(robustness, [0.5, 0.4, 0.3, 0.2, 0.1])
-    assert theory.rank_correlation(results, "robustness") == pytest.approx(-1.0)
-    results = made_by_hand(robustness, 5 * [0.5])
-    assert np.isnan(theory.rank_correlation(results, "robustness"))
-
-
 def test_each_agent_is_a_point_of_the_correlation():
     """The means of these trainings would give 1."""
     first = make_result(agents=[(5.0, 4.0, 0.4), (5.0, 2.0, 0.1)])
     second = make_result(agents=[(5.0, 1.0, 0.3), (5.0, 1.5, 0.3)])
-    assert theory.rank_correlation([first, second], "robustness") < 0
-
-
-def test_interval_of_a_correlation():
-    rng = np.random.default_rng(0)
-    robustness = rng.normal(size=60)
-    results = made_by_hand(robustness, robustness + rng.normal(size=60))
-    middle, low, high = theory.correlation_interval(results, "robustness")
-    assert low < middle < high
-    assert 0.5 < middle < 0.8
-    assert 0.1 < high - low < 0.5
-    assert np.isnan(theory.correlation_interval([make_result()] * 2, "robustness")).all()
-
-
-def test_the_agents_of_a_training_are_resampled_together():
-    """Ten agents that agree are no better known than one."""
-    rng = np.random.default_rng(0)
-    robustness = rng.normal(size=20)
-    gaps = robustness + rng.normal(size=20)
-    single = made_by_hand(robustness, gaps)
-    many = [make_result(agents=10 * [(5.0, 5.0 - 5 * gap, each)]) for each, gap in zip(robustness, gaps)]
-    _, low, high = theory.correlation_interval(single, "robustness")
-    _, low_of_many, high_of_many = theory.correlation_interval(many, "robustness")
-    assert high_of_many - low_of_many == pytest.approx(high - low, rel=0.2)
+    of_agents = theory.correlation_with_gap([first, second], "robustness")
+    assert of_agents.middle < 0
+    assert theory.correlation_with_gap([first, second], "mean_robustness").middle == of_agents.middle
 
 
 def cells(table: str) -> list[list[str]]:
