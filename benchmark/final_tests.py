@@ -1,0 +1,176 @@
+"""Tables of final tests, with 95 % intervals over seeds: what each algorithm reaches on its training levels
+and on the full distribution, its gap, and how far it is from the first algorithm. With --robustness, also
+whether robust agents are those with a small gap.
+
+Reads run folders, and CSV files that figures.py wrote. The exp_name of a run is its algorithm. Agents that
+learned together count as one seed, with their mean; in a correlation each is a point, and seeds are
+resampled.
+
+    python benchmark/final_tests.py runs --algorithms ppo_procgen mdpo_procgen
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import figures
+import numpy as np
+import pandas as pd
+import tyro
+from helpers import check_folder, fail, replacing, run_tool
+from intervals import correlation_interval, difference_interval, markdown, mean_interval
+
+TAGS = {"final_test/training_levels": "train", "final_test/full_distribution": "test"}
+MEASURES = {  # columns of find_agents, and what the tables call them
+    "train": "training levels",
+    "test": "full distribution",
+    "gap": "gap",
+}
+DISTANCES = {"kl_mean": "KL", "tv_mean": "total variation"}  # columns of robustness_eval.py's table
+
+
+@dataclass
+class Args:
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """folders with runs below them, or CSV files"""
+    algorithms: tuple[str, ...] = ()
+    """exp_names, of which the first is what the others are compared with; by default all, sorted"""
+    labels: tuple[str, ...] = ()
+    """their names in the tables, as many"""
+    games: tuple[str, ...] = ()
+    """by default all that there are"""
+    robustness: Path | None = None
+    """robustness.csv of robustness_eval.py, of the same runs"""
+    output: Path = Path("final_tests.md")
+    """file for the tables"""
+
+    def __post_init__(self):
+        self.for_figures()
+
+    def for_figures(self) -> figures.Args:
+        """What figures.py reads the same runs by. Raises ValueError for flags that do not fit."""
+        return figures.Args(
+            paths=self.paths, algorithms=self.algorithms, labels=self.labels, games=self.games, tags=()
+        )
+
+
+def find_agents(data: pd.DataFrame) -> pd.DataFrame:
+    """A row for each agent with a final test at the end of its run: game, algorithm, seed, run and the
+    MEASURES. Prints which agents have none. Failure if all have none."""
+    end = data.groupby("run").step.transform("max")  # a test before that is of an earlier end
+    finals = data[(data.step == end) & data.tag.isin(TAGS)]
+    keys = ["game", "algorithm", "seed", "run"]
+    agents = finals.pivot_table(index=keys, columns="tag", values="value").reindex(columns=TAGS).dropna()
+    agents = agents.rename(columns=TAGS).reset_index()
+    if agents.empty:
+        fail("PATHS: no run has a final test at its end")
+    for run in sorted(set(data.run) - set(agents.run)):
+        print(f"left out: {run}, which has no final test")
+    agents["gap"] = agents.train - agents.test
+    return agents
+
+
+def seed_values(agents: pd.DataFrame, algorithm: str, name: str) -> np.ndarray:
+    """One of the MEASURES of an algorithm, (number of seeds,): the mean over agents that learned together."""
+    rows = agents[agents.algorithm == algorithm]
+    return rows.groupby("seed")[name].mean().to_numpy()
+
+
+def return_table(agents: pd.DataFrame, labels: dict[str, str]) -> str:
+    """Of one game."""
+    rows = [["algorithm", "seeds", *MEASURES.values()]]
+    for algorithm, label in labels.items():
+        number = agents.seed[agents.algorithm == algorithm].nunique()
+        if number == 0:
+            continue
+        row = [label, str(number)]
+        for name in MEASURES:
+            row.append(str(mean_interval(seed_values(agents, algorithm, name))))
+        rows.append(row)
+    return markdown(rows)
+
+
+def difference_table(agents: pd.DataFrame, labels: dict[str, str]) -> str:
+    """Of one game, from the first of the labels."""
+    rows = [["algorithm", *MEASURES.values()]]
+    first, *others = labels
+    for algorithm in others:
+        row = [labels[algorithm]]
+        for name in MEASURES:
+            values = seed_values(agents, algorithm, name)
+            baseline = seed_values(agents, first, name)
+            if len(values) == 0 or len(baseline) == 0:
+                break
+            row.append(str(difference_interval(values, baseline)))
+        else:
+            rows.append(row)
+    if len(rows) == 1:
+        return "Nothing to compare.\n"
+    return markdown(rows)
+
+
+def read_robustness(path: Path) -> pd.DataFrame:
+    """A row for each perturbation of each agent: perturbation, run and the DISTANCES."""
+    try:
+        table = pd.read_csv(path)[["perturbation", "checkpoint", *DISTANCES]]
+    except Exception as error:  # pandas has many names for a file that is no such CSV
+        reason = str(error).splitlines()[0]
+        fail(f"--robustness: {path} is not a table of robustness_eval.py: {reason}")
+    table = table[table.checkpoint != "all"]  # which is a mean over agents
+    runs = [run_of(Path(checkpoint)) for checkpoint in table.checkpoint]
+    return table.assign(run=runs)
+
+
+def run_of(checkpoint: Path) -> str:
+    """As figures.py names the run that an agent.pt lies in."""
+    folder = checkpoint.parent
+    if folder.name.startswith("agent_"):
+        return f"{folder.parent.name}/{folder.name}"
+    return folder.name
+
+
+def correlation_table(agents: pd.DataFrame, robustness: pd.DataFrame) -> str:
+    """Of one game: rank correlation of each distance with the gap, over the agents of all algorithms."""
+    joined = agents.merge(robustness, on="run")
+    if joined.empty:
+        return "No agent of --robustness has a final test here.\n"
+    rows = [["perturbation", "agents", "seeds", *DISTANCES.values()]]
+    for perturbation, group in joined.groupby("perturbation", sort=False):
+        trainings = [training for _, training in group.groupby(["algorithm", "seed"])]
+        row = [perturbation, str(len(group)), str(len(trainings))]
+        for name in DISTANCES:
+            pairs = [(training[name].to_numpy(), training.gap.to_numpy()) for training in trainings]
+            row.append(str(correlation_interval(pairs)))
+        rows.append(row)
+    return markdown(rows)
+
+
+def make_tables(agents: pd.DataFrame, labels: dict[str, str], robustness: pd.DataFrame | None) -> str:
+    """Markdown, game after game."""
+    baseline = next(iter(labels.values()))
+    parts = []
+    for game, of_game in agents.groupby("game"):
+        parts.append(f"## {game}\n\n{return_table(of_game, labels)}")
+        parts.append(f"Difference from {baseline}:\n\n{difference_table(of_game, labels)}")
+        if robustness is not None:
+            correlations = correlation_table(of_game, robustness)
+            parts.append(f"Rank correlation of the change of the policy with the gap:\n\n{correlations}")
+    parts.append("In parentheses 95 % intervals over seeds.\n")
+    return "\n".join(parts)
+
+
+def main(args: Args):
+    check_folder("--output", args.output.parent)
+    robustness = read_robustness(args.robustness) if args.robustness else None
+    options = args.for_figures()
+    data = figures.select(figures.read(options, {}), options)
+    labels = figures.name_algorithms(data, options)
+    agents = find_agents(data)
+    figures.print_missing(data)
+    tables = make_tables(agents, labels, robustness)
+    with replacing("--output", args.output) as path:
+        path.write_text(tables)
+    print(tables)
+
+
+if __name__ == "__main__":
+    run_tool(main, Args, __doc__)

@@ -1,0 +1,184 @@
+"""benchmark/final_tests.py: its tables, what it leaves out, and its errors."""
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from common import ROOT, error_message
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import final_tests
+from helpers import run_tool
+
+TRAIN = "final_test/training_levels"
+TEST = "final_test/full_distribution"
+PPO = "ppo_procgen"
+MDPO = "mdpo_procgen"
+
+
+def name_run(algorithm: str, seed: int, agent: int | None = None, game: str = "bigfish") -> str:
+    run = f"{game}__{algorithm}__{seed}__170000000{seed}"
+    return f"{run}/agent_{agent}" if agent else run
+
+
+def points(run: str, train: float, test: float, step: int = 1000) -> list[tuple]:
+    """The final test of an agent, and a curve that ends with it."""
+    curve = [(run, "charts/test_episodic_return", at, test) for at in (500, 1000)]
+    return [*curve, (run, TRAIN, step, train), (run, TEST, step, test)]
+
+
+@pytest.fixture
+def curves(tmp_path):
+    """A CSV as figures.py writes it: two seeds of PPO, and two of MDPO with two agents each."""
+    rows = []
+    for seed in (1, 2):
+        rows += points(name_run(PPO, seed), train=10.0 * seed, test=4.0 * seed)
+        rows += points(name_run(MDPO, seed, 1), train=20.0 * seed, test=9.0 * seed)
+        rows += points(name_run(MDPO, seed, 2), train=20.0 * seed, test=11.0 * seed)
+    return write(tmp_path / "curves.csv", rows)
+
+
+def write(path, rows: list[tuple]):
+    pd.DataFrame(rows, columns=["run", "tag", "step", "value"]).to_csv(path, index=False)
+    return path
+
+
+def write_robustness(path, distances: dict[str, float]):
+    """A table of robustness_eval.py, of agents whose policies change by so much."""
+    rows = [("random-conv", "all", 3.0, 3.0)]
+    for run, distance in distances.items():
+        rows.append(("random-conv", f"somewhere/{run}/agent.pt", distance, distance / 2))
+    columns = ["perturbation", "checkpoint", "kl_mean", "tv_mean"]
+    pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
+    return path
+
+
+def tables(capsys, *words) -> tuple[str, list[list[str]]]:
+    """What is printed, and the cells of its lines that are tables'."""
+    run_tool(final_tests.main, final_tests.Args, "", list(map(str, words)))
+    text = capsys.readouterr().out
+    rows = []
+    for row in text.splitlines():
+        if row.startswith("| ") and "---" not in row:
+            rows.append(row.strip("| ").split(" | "))
+    return text, rows
+
+
+def test_returns_and_differences(curves, tmp_path, capsys):
+    """Agents that learned together are one seed. Student's t of a degree of freedom is 12.706."""
+    output = tmp_path / "out" / "tables.md"
+    text, rows = tables(capsys, curves, "--algorithms", PPO, MDPO, "--output", output)
+    assert output.read_text() in text
+    head, ppo, mdpo, _, difference = rows
+    assert head == ["algorithm", "seeds", "training levels", "full distribution", "gap"]
+    half = 12.706 * 2
+    assert ppo[:2] == ["PPO", "2"]
+    assert ppo[3] == f"6.000 ({6 - half:.3f} to {6 + half:.3f})"
+    assert [cell.split()[0] for cell in ppo[2:]] == ["15.000", "6.000", "9.000"]
+    assert mdpo[:2] == ["MDPO", "2"]
+    assert [cell.split()[0] for cell in mdpo[2:]] == ["30.000", "15.000", "15.000"]
+    assert difference[0] == "MDPO"
+    assert [cell.split()[0] for cell in difference[1:]] == ["15.000", "9.000", "6.000"]
+
+
+def test_the_first_algorithm_is_the_one_to_compare_with(curves, tmp_path, capsys):
+    words = ["--algorithms", MDPO, PPO, "--labels", "ours", "theirs", "--output", tmp_path / "t.md"]
+    text, rows = tables(capsys, curves, *words)
+    assert "Difference from ours:" in text
+    assert rows[-1][0] == "theirs"
+    assert rows[-1][2].split()[0] == "-9.000"
+
+
+def test_games_are_apart(curves, tmp_path, capsys):
+    other = points(name_run(PPO, 1, game="maze"), train=3.0, test=1.0)
+    more = write(tmp_path / "more.csv", other)
+    text, rows = tables(capsys, curves, more, "--output", tmp_path / "t.md")
+    assert text.index("## bigfish") < text.index("## maze")
+    assert ["PPO", "1", "3.000 (nan to nan)", "1.000 (nan to nan)", "2.000 (nan to nan)"] in rows
+    assert text.count("Nothing to compare.") == 1
+
+
+def test_what_has_no_final_test(curves, tmp_path, capsys):
+    """None at all, one half of it, or one of an earlier end."""
+    rows = points(name_run(PPO, 3), train=1.0, test=1.0)[:2]
+    rows += points(name_run(PPO, 4), train=1.0, test=1.0)[:3]
+    rows += points(name_run(PPO, 5), train=1.0, test=1.0, step=500)
+    more = write(tmp_path / "more.csv", rows)
+    text, found = tables(capsys, curves, more, "--output", tmp_path / "t.md")
+    for seed in (3, 4, 5):
+        assert f"left out: {name_run(PPO, seed)}, which has no final test" in text
+    assert found[2][:2] == ["PPO", "2"]
+
+
+def test_run_folders_are_read(tmp_path, capsys):
+    from torch.utils.tensorboard import SummaryWriter
+
+    run = tmp_path / name_run(PPO, 1)
+    with SummaryWriter(run) as writer:
+        writer.add_scalar("charts/test_episodic_return", 2.0, 1000)
+    (run / "args.json").write_text("{}")
+    agent = {"training_levels": {"mean": 7.0}, "full_distribution": {"mean": 5.0}}
+    (run / "final_test.json").write_text(json.dumps({"global_step": 1000, "agents": [agent]}))
+    _, rows = tables(capsys, tmp_path, "--output", tmp_path / "t.md")
+    assert rows[1][2:] == ["7.000 (nan to nan)", "5.000 (nan to nan)", "2.000 (nan to nan)"]
+
+
+def test_rank_correlation_of_robustness(curves, tmp_path, capsys):
+    """A point for each agent. Gaps: PPO's 6 and 12; MDPO's 11, 9, 22 and 18."""
+    distances = {
+        name_run(PPO, 1): 0.1,
+        name_run(PPO, 2): 0.4,
+        name_run(MDPO, 1, 1): 0.3,
+        name_run(MDPO, 1, 2): 0.2,
+        name_run(MDPO, 2, 1): 0.6,
+        name_run(MDPO, 2, 2): 0.5,
+        "another_run": 5.0,
+    }
+    path = write_robustness(tmp_path / "robustness.csv", distances)
+    _, rows = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
+    assert rows[-2] == ["perturbation", "agents", "seeds", "KL", "total variation"]
+    assert rows[-1][:3] == ["random-conv", "6", "4"]
+    assert rows[-1][3].startswith("1.000 (")
+    distances[name_run(PPO, 1)] = 0.7
+    write_robustness(path, distances)
+    _, rows = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
+    assert float(rows[-1][3].split()[0]) < 0.5
+
+
+def test_robustness_of_other_runs(curves, tmp_path, capsys):
+    path = write_robustness(tmp_path / "robustness.csv", {"another_run": 1.0})
+    text, _ = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
+    assert "No agent of --robustness has a final test here." in text
+
+
+def rejection(capsys, *words) -> str:
+    with pytest.raises(SystemExit) as error:
+        run_tool(final_tests.main, final_tests.Args, "", list(map(str, words)))
+    captured = capsys.readouterr()
+    return error_message(error.value.code, captured.out, captured.err)
+
+
+def test_bad_input(curves, tmp_path, capsys):
+    output = ["--output", tmp_path / "t.md"]
+    assert "PATHS needs one or more folders" in rejection(capsys, *output)
+    assert "PATHS: there is no" in rejection(capsys, tmp_path / "nothing", *output)
+    message = rejection(capsys, curves, "--algorithms", "dqn", *output)
+    assert "--algorithms: there are no runs of dqn" in message
+    assert "--labels must be as many as --algorithms" in rejection(capsys, curves, "--labels", "a", *output)
+    message = rejection(capsys, curves, "--robustness", curves, *output)
+    assert f"--robustness: {curves} is not a table of robustness_eval.py" in message
+    message = rejection(capsys, curves, "--robustness", tmp_path / "nothing", *output)
+    assert "--robustness: " in message
+    assert "is no folder that can be written to" in rejection(capsys, curves, "--output", curves / "t.md")
+    only_curve = write(tmp_path / "curve.csv", points(name_run(PPO, 1), 1.0, 1.0)[:2])
+    assert "PATHS: no run has a final test" in rejection(capsys, only_curve, *output)
+    assert not (tmp_path / "t.md").exists()
+
+
+def test_from_a_shell(curves, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmark/final_tests.py"), str(curves)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "final_tests.md").read_text() in result.stdout
