@@ -110,6 +110,8 @@ class Args:
     def __post_init__(self):
         check_ranges(self)
         check_paths(self.paths)
+        if len(set(self.algorithms)) < len(self.algorithms):
+            raise ValueError("--algorithms must differ from each other")
         if self.labels and len(self.labels) != len(self.algorithms):
             raise ValueError("--labels must be as many as --algorithms")
         if self.csv and self.csv.name in ("", ".."):
@@ -190,7 +192,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         return pd.read_csv(path)[list(COLUMNS)].astype(COLUMNS)
     except Exception as error:  # pandas has many names for a file that is no such CSV
         reason = str(error).splitlines()[0]
-        fail(f"{path} is not a CSV with the columns run, tag, step, value: {reason}")
+        fail(f"PATHS: {path} is not a CSV with the columns run, tag, step, value: {reason}")
 
 
 def read_folder(path: Path, args: Args, needed: dict) -> pd.DataFrame:

@@ -4,13 +4,14 @@ whether robust agents are those with a small gap.
 
 Reads run folders, and CSV files that figures.py wrote. The exp_name of a run is its algorithm. Agents that
 learned together count as one seed, with their mean; in a correlation each is a point, and seeds are
-resampled.
+resampled. Where there are too few seeds for an interval, its limits are nan.
 
     python benchmark/final_tests.py runs --algorithms ppo_procgen mdpo_procgen
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import figures
 import numpy as np
@@ -38,6 +39,8 @@ class Args:
     """their names in the tables, as many"""
     games: tuple[str, ...] = ()
     """by default all that there are"""
+    distribution_mode: Literal["hard", "easy"] = "hard"
+    """of the runs"""
     robustness: Path | None = None
     """robustness.csv of robustness_eval.py, of the same runs"""
     output: Path = Path("final_tests.md")
@@ -45,11 +48,17 @@ class Args:
 
     def __post_init__(self):
         self.for_figures()
+        if self.output.name in ("", "..") or self.output.is_dir():
+            raise ValueError(f"--output must be a file, not {self.output}")
 
     def for_figures(self) -> figures.Args:
         """What figures.py reads the same runs by. Raises ValueError for flags that do not fit."""
         return figures.Args(
-            paths=self.paths, algorithms=self.algorithms, labels=self.labels, games=self.games, tags=()
+            paths=self.paths,
+            algorithms=self.algorithms,
+            labels=self.labels,
+            games=self.games,
+            tags=(figures.TRAIN,),  # which says where a run ends
         )
 
 
@@ -94,30 +103,35 @@ def difference_table(agents: pd.DataFrame, labels: dict[str, str]) -> str:
     rows = [["algorithm", *MEASURES.values()]]
     first, *others = labels
     for algorithm in others:
+        if not {first, algorithm} <= set(agents.algorithm):
+            continue
         row = [labels[algorithm]]
         for name in MEASURES:
             values = seed_values(agents, algorithm, name)
             baseline = seed_values(agents, first, name)
-            if len(values) == 0 or len(baseline) == 0:
-                break
             row.append(str(difference_interval(values, baseline)))
-        else:
-            rows.append(row)
+        rows.append(row)
     if len(rows) == 1:
         return "Nothing to compare.\n"
     return markdown(rows)
 
 
 def read_robustness(path: Path) -> pd.DataFrame:
-    """A row for each perturbation of each agent: perturbation, run and the DISTANCES."""
+    """A row for each perturbation of each agent: perturbation, run and the DISTANCES. Failure if it is no
+    such table, or has an agent twice."""
+    types = {"perturbation": str, "checkpoint": str} | dict.fromkeys(DISTANCES, float)
     try:
-        table = pd.read_csv(path)[["perturbation", "checkpoint", *DISTANCES]]
+        table = pd.read_csv(path, keep_default_na=False)[list(types)].astype(types)
     except Exception as error:  # pandas has many names for a file that is no such CSV
         reason = str(error).splitlines()[0]
         fail(f"--robustness: {path} is not a table of robustness_eval.py: {reason}")
     table = table[table.checkpoint != "all"]  # which is a mean over agents
     runs = [run_of(Path(checkpoint)) for checkpoint in table.checkpoint]
-    return table.assign(run=runs)
+    table = table.assign(run=runs)
+    twice = table[table.duplicated(["perturbation", "run"])]
+    if len(twice) > 0:
+        fail(f"--robustness: {path} has {twice.run.iloc[0]} twice")
+    return table
 
 
 def run_of(checkpoint: Path) -> str:
@@ -129,10 +143,13 @@ def run_of(checkpoint: Path) -> str:
 
 
 def correlation_table(agents: pd.DataFrame, robustness: pd.DataFrame) -> str:
-    """Of one game: rank correlation of each distance with the gap, over the agents of all algorithms."""
+    """Of one game: rank correlation of each distance with the gap, over the agents of all algorithms. Prints
+    which agents are not in the table of robustness."""
     joined = agents.merge(robustness, on="run")
     if joined.empty:
         return "No agent of --robustness has a final test here.\n"
+    for run in sorted(set(agents.run) - set(joined.run)):
+        print(f"left out of the correlations: {run}, which is not in --robustness")
     rows = [["perturbation", "agents", "seeds", *DISTANCES.values()]]
     for perturbation, group in joined.groupby("perturbation", sort=False):
         trainings = [training for _, training in group.groupby(["algorithm", "seed"])]
@@ -154,7 +171,8 @@ def make_tables(agents: pd.DataFrame, labels: dict[str, str], robustness: pd.Dat
         if robustness is not None:
             correlations = correlation_table(of_game, robustness)
             parts.append(f"Rank correlation of the change of the policy with the gap:\n\n{correlations}")
-    parts.append("In parentheses 95 % intervals over seeds.\n")
+    intervals = "Student's for means, Welch's for differences, by bootstrap for correlations"
+    parts.append(f"In parentheses 95 % intervals over seeds: {intervals}.\n")
     return "\n".join(parts)
 
 
@@ -162,7 +180,7 @@ def main(args: Args):
     check_folder("--output", args.output.parent)
     robustness = read_robustness(args.robustness) if args.robustness else None
     options = args.for_figures()
-    data = figures.select(figures.read(options, {}), options)
+    data = figures.select(figures.read(options, {"distribution_mode": args.distribution_mode}), options)
     labels = figures.name_algorithms(data, options)
     agents = find_agents(data)
     figures.print_missing(data)

@@ -1,12 +1,14 @@
 """What a few trainings say, with its 95 % interval: means, differences of means, rank correlations."""
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import sem, spearmanr, ttest_ind
 from scipy.stats import t as student_t
 
-RESAMPLES = 500  # of the bootstrap
+RESAMPLES = 2000  # of the bootstrap
+FEWEST = 5  # trainings from which it says something
 
 
 class Interval(NamedTuple):
@@ -21,7 +23,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: np.ndarray) -> Interval:
-    """Student's. NaN for the limits of one value."""
+    """Student's, of the values of trainings, (number of trainings,). NaN for the limits of one value."""
     middle = values.mean()
     if len(values) < 2:
         return Interval(middle, np.nan, np.nan)
@@ -30,12 +32,14 @@ def mean_interval(values: np.ndarray) -> Interval:
 
 
 def difference_interval(values: np.ndarray, of_baseline: np.ndarray) -> Interval:
-    """Of the difference of the means, Welch's: seeds of two methods have nothing in common. NaN for the
-    limits if either is one value."""
+    """Of the difference of the means of two methods, Welch's: their seeds have nothing in common. Both are
+    (number of trainings,), which may differ. NaN for the limits if either is one value."""
     middle = values.mean() - of_baseline.mean()
     if min(len(values), len(of_baseline)) < 2:
         return Interval(middle, np.nan, np.nan)
-    low, high = ttest_ind(values, of_baseline, equal_var=False).confidence_interval(0.95)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Precision loss")  # of values that are all the same
+        low, high = ttest_ind(values, of_baseline, equal_var=False).confidence_interval(0.95)
     return Interval(middle, low, high)
 
 
@@ -51,14 +55,15 @@ def rank_correlation(trainings: list[tuple[np.ndarray, np.ndarray]]) -> float:
 
 def correlation_interval(trainings: list[tuple[np.ndarray, np.ndarray]]) -> Interval:
     """Of rank_correlation, by the bootstrap: trainings are resampled, with all their agents, which are not
-    independent. NaN where there is none."""
+    independent. NaN for the limits of fewer than FEWEST trainings, and where there is no correlation. Samples
+    that have none are left out."""
     rng = np.random.default_rng(0)
     samples = []
     for _ in range(RESAMPLES):
         rows = rng.integers(len(trainings), size=len(trainings))
         samples.append(rank_correlation([trainings[row] for row in rows]))
     middle = rank_correlation(trainings)
-    if np.isnan(samples).all():
+    if len(trainings) < FEWEST or np.isnan(samples).all():
         return Interval(middle, np.nan, np.nan)
     low, high = np.nanpercentile(samples, [2.5, 97.5])
     return Interval(middle, low, high)

@@ -7,6 +7,7 @@ import sys
 import pandas as pd
 import pytest
 from common import ROOT, error_message
+from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import final_tests
@@ -112,17 +113,25 @@ def test_what_has_no_final_test(curves, tmp_path, capsys):
     assert found[2][:2] == ["PPO", "2"]
 
 
-def test_run_folders_are_read(tmp_path, capsys):
-    from torch.utils.tensorboard import SummaryWriter
-
-    run = tmp_path / name_run(PPO, 1)
+def write_run(folder, seed: int, end: int, settings: str = "{}"):
+    """A run folder of PPO with training up to a step, and a final test at 1,000."""
+    run = folder / name_run(PPO, seed)
     with SummaryWriter(run) as writer:
         writer.add_scalar("charts/test_episodic_return", 2.0, 1000)
-    (run / "args.json").write_text("{}")
+        writer.add_scalar("charts/episodic_return", 2.0, end)
+    (run / "args.json").write_text(settings)
     agent = {"training_levels": {"mean": 7.0}, "full_distribution": {"mean": 5.0}}
     (run / "final_test.json").write_text(json.dumps({"global_step": 1000, "agents": [agent]}))
-    _, rows = tables(capsys, tmp_path, "--output", tmp_path / "t.md")
-    assert rows[1][2:] == ["7.000 (nan to nan)", "5.000 (nan to nan)", "2.000 (nan to nan)"]
+
+
+def test_run_folders(tmp_path, capsys):
+    """One that went on after its final test has none until it ends again."""
+    write_run(tmp_path, seed=1, end=1000)
+    write_run(tmp_path, seed=2, end=2000)
+    text, rows = tables(capsys, tmp_path, "--output", tmp_path / "t.md")
+    assert f"left out: {name_run(PPO, 2)}, which has no final test" in text
+    assert f"short: {PPO} on bigfish, seed 1" in text
+    assert rows[1] == ["PPO", "1", "7.000 (nan to nan)", "5.000 (nan to nan)", "2.000 (nan to nan)"]
 
 
 def test_rank_correlation_of_robustness(curves, tmp_path, capsys):
@@ -140,11 +149,17 @@ def test_rank_correlation_of_robustness(curves, tmp_path, capsys):
     _, rows = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
     assert rows[-2] == ["perturbation", "agents", "seeds", "KL", "total variation"]
     assert rows[-1][:3] == ["random-conv", "6", "4"]
-    assert rows[-1][3].startswith("1.000 (")
+    assert rows[-1][3:] == ["1.000 (nan to nan)"] * 2  # four seeds
     distances[name_run(PPO, 1)] = 0.7
     write_robustness(path, distances)
     _, rows = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
-    assert float(rows[-1][3].split()[0]) < 0.5
+    differences = [6 - 1, 3 - 4, 2 - 3, 1 - 2, 5 - 6, 4 - 5]  # of ranks
+    expected = 1 - 6 * sum(each**2 for each in differences) / (6 * 35)
+    assert rows[-1][3] == f"{expected:.3f} (nan to nan)"
+    del distances[name_run(PPO, 1)]
+    write_robustness(path, distances)
+    text, _ = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
+    assert f"left out of the correlations: {name_run(PPO, 1)}, which is not in --robustness" in text
 
 
 def test_robustness_of_other_runs(curves, tmp_path, capsys):
@@ -167,14 +182,43 @@ def test_bad_input(curves, tmp_path, capsys):
     message = rejection(capsys, curves, "--algorithms", "dqn", *output)
     assert "--algorithms: there are no runs of dqn" in message
     assert "--labels must be as many as --algorithms" in rejection(capsys, curves, "--labels", "a", *output)
-    message = rejection(capsys, curves, "--robustness", curves, *output)
-    assert f"--robustness: {curves} is not a table of robustness_eval.py" in message
-    message = rejection(capsys, curves, "--robustness", tmp_path / "nothing", *output)
-    assert "--robustness: " in message
+    assert "--algorithms must differ" in rejection(capsys, curves, "--algorithms", PPO, PPO, *output)
     assert "is no folder that can be written to" in rejection(capsys, curves, "--output", curves / "t.md")
+    assert "--output must be a file" in rejection(capsys, curves, "--output", ".")
+    assert "--output must be a file" in rejection(capsys, curves, "--output", tmp_path)
+    write_run(tmp_path, seed=1, end=1000, settings='{"distribution_mode": "easy"}')
+    assert "--distribution-mode hard is needed" in rejection(capsys, tmp_path, *output)
     only_curve = write(tmp_path / "curve.csv", points(name_run(PPO, 1), 1.0, 1.0)[:2])
     assert "PATHS: no run has a final test" in rejection(capsys, only_curve, *output)
     assert not (tmp_path / "t.md").exists()
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "No such file or directory"),
+        ("", "No columns to parse from file"),
+        ("run,tag,step,value\n", "in the [columns]"),
+        ("perturbation,checkpoint,kl_mean,tv_mean\nconv,a/agent.pt,many,0.1\n", "could not convert"),
+        ("perturbation,checkpoint,kl_mean,tv_mean\nconv,a/agent.pt,,0.1\n", "could not convert"),
+    ],
+)
+def test_a_file_that_is_no_table_of_robustness(content, reason, curves, tmp_path, capsys):
+    path = tmp_path / "robustness.csv"
+    if content is not None:
+        path.write_text(content)
+    message = rejection(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
+    assert f"--robustness: {path} is not a table of robustness_eval.py: " in message
+    assert reason in message
+    assert not (tmp_path / "t.md").exists()
+
+
+def test_an_agent_that_is_in_the_table_twice(curves, tmp_path, capsys):
+    path = write_robustness(tmp_path / "robustness.csv", {name_run(PPO, 1): 0.1})
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[-1]]))
+    message = rejection(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
+    assert f"--robustness: {path} has {name_run(PPO, 1)} twice" in message
 
 
 def test_from_a_shell(curves, tmp_path):

@@ -1,6 +1,7 @@
 """benchmark/intervals.py: what a few trainings say."""
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -46,6 +47,17 @@ def test_one_training_has_no_interval():
     assert str(intervals.difference_interval(one, np.array([0.1, 0.3]))) == "0.300 (nan to nan)"
 
 
+def test_trainings_that_all_come_to_the_same():
+    """Without a warning."""
+    same = np.array([0.1, 0.1, 0.1])
+    assert str(intervals.mean_interval(same)) == "0.100 (0.100 to 0.100)"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        middle, low, high = intervals.difference_interval(same, np.array([1.0, 2.0, 3.0]))
+    assert middle == pytest.approx(-1.9)
+    assert low < middle < high
+
+
 def single_agents(x, y) -> list[tuple]:
     """Trainings with one agent each."""
     return [(np.array([a]), np.array([b])) for a, b in zip(x, y)]
@@ -71,7 +83,15 @@ def test_interval_of_a_correlation():
     assert low < middle < high
     assert 0.5 < middle < 0.8
     assert 0.1 < high - low < 0.5
-    assert np.isnan(intervals.correlation_interval(single_agents([1.0, 1.0], [2.0, 2.0]))).all()
+    assert np.isnan(intervals.correlation_interval(single_agents([1.0] * 9, [2.0] * 9))).all()
+
+
+def test_few_trainings_say_nothing_of_a_correlation():
+    """Nearly all samples of them give 1 or none."""
+    x = np.arange(5.0)
+    assert str(intervals.correlation_interval(single_agents(x[:4], x[:4]))) == "1.000 (nan to nan)"
+    assert str(intervals.correlation_interval([(x, x)])) == "1.000 (nan to nan)"
+    assert str(intervals.correlation_interval(single_agents(x, x))) == "1.000 (1.000 to 1.000)"
 
 
 def test_the_agents_of_a_training_are_resampled_together():
