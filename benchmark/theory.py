@@ -3,8 +3,8 @@
 Trains each method on the first n of many renderings of one MDP (renderings.py), and computes by linear solves
 what the theory speaks of, on all renderings: eta, zeta and their gap, R, and both sides of its bounds. Each
 training is a file in the output folder; those that are there are not made again. Then it prints tables and
-draws the figures. The settings below were decided by PPO alone, before any other method was run
-(results/renderings_trials.md).
+draws figures of all that are there. The settings below were decided by PPO alone, before any other method
+was run (results/renderings_trials.md).
 
     python benchmark/theory.py --quick
 """
@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 from concurrent.futures import as_completed
@@ -318,6 +319,17 @@ def read_result(path: Path, design: Design) -> dict | None:
             was = f"{name} {found.get(name)}, not {value}"
             fail(f"--output: {path} is of a training with {was}; another --output would do")
     return result
+
+
+def find_results(folder: Path, design: Design) -> list[dict]:
+    """Of all trainings in the folder, seed after seed."""
+    found = {}
+    for path in folder.iterdir():
+        name = re.fullmatch(r"(\w+)__(\d+)__(\d+)\.json", path.name)
+        if name:
+            method, num_train, seed = name.groups()
+            found[int(seed), int(num_train), method] = path
+    return [read_result(found[key], design) for key in sorted(found)]
 
 
 MEASURES = {  # of an agent, and what the table calls them
@@ -632,7 +644,7 @@ def main(args: Args):
             missing.append(job)
     print(f"trainings: {len(jobs)}, to be made: {len(missing)}", flush=True)
     run_jobs(missing, design, args)
-    results = [read_result(args.output / job.file_name(), design) for job in jobs]
+    results = find_results(args.output, design)
     tables = make_tables(results)
     print(tables)
     write_text(args.output / "tables.md", tables)

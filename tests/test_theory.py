@@ -371,6 +371,22 @@ def test_the_tables_are_printed(made, capsys):
     assert "Nothing to compare" in tables
 
 
+def test_what_other_commands_trained_is_shown(made, tmp_path, capsys):
+    """But no unfinished file, nor one of another name."""
+    result = json.loads((made / "ppo__2__1.json").read_text())
+    for method in ("ppo", "spo"):
+        result["job"]["method"] = method
+        (tmp_path / f"{method}__2__1.json").write_text(json.dumps(result))
+    (tmp_path / ".tmp.mdpo__2__1.json").write_text("{")
+    (tmp_path / "notes.json").write_text("{}")
+    run(*words_of(TINY), "--output", str(tmp_path))
+    tables = capsys.readouterr().out
+    assert "| PPO | 2 | 1 |" in tables
+    assert "| SPO | 2 | 1 |" in tables
+    assert "| SPO | 2 | 0.000 (nan to nan) |" in tables
+    assert (tmp_path / "differences.png").exists()
+
+
 def test_quick(tmp_path, capsys, monkeypatch):
     """Is of PPO and MDPO, on two numbers of renderings with two seeds."""
 
