@@ -505,6 +505,7 @@ def draw_over_number(ax, results: list[dict], name: str):
     ax.set_xscale("log", base=2)
     ax.set_xticks(numbers_of(results), numbers_of(results))
     ax.minorticks_off()
+    ax.set_ylim(-0.05, 1.05)  # however wide the band of a few trainings
     ax.set(xlabel="training renderings n", ylabel=MEASURES[name])
 
 
