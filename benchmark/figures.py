@@ -198,6 +198,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 def read_folder(path: Path, args: Args, needed: dict) -> pd.DataFrame:
     """The curves and final tests of all runs below path. A run that is not asked for gets one row without a
     value, which tells `select` that it is there."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports what resumed runs leave behind
     rows = []
     for curves in tqdm(find_curves(path), desc=f"reading {path}", disable=None):
         other_game = args.games and curves.game not in args.games
@@ -600,5 +601,4 @@ def set_style():
 
 if __name__ == "__main__":
     set_style()
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports what resumed runs leave behind
     run_tool(main, Args, __doc__)

@@ -34,7 +34,8 @@ class Args:
     paths: tyro.conf.Positional[tuple[Path, ...]] = ()
     """folders with runs below them, or CSV files"""
     algorithms: tuple[str, ...] = ()
-    """exp_names, of which the first is what the others are compared with; by default all, sorted"""
+    """exp_names, of which the first is what the others are compared with; by default all with a final test,
+    sorted"""
     labels: tuple[str, ...] = ()
     """their names in the tables, as many"""
     games: tuple[str, ...] = ()
@@ -102,8 +103,11 @@ def difference_table(agents: pd.DataFrame, labels: dict[str, str]) -> str:
     """Of one game, from the first of the labels."""
     rows = [["algorithm", *MEASURES.values()]]
     first, *others = labels
+    tested = set(agents.algorithm)
+    if first not in tested:
+        return f"{labels[first]} has no final test here.\n"
     for algorithm in others:
-        if not {first, algorithm} <= set(agents.algorithm):
+        if algorithm not in tested:
             continue
         row = [labels[algorithm]]
         for name in MEASURES:
@@ -183,6 +187,9 @@ def main(args: Args):
     data = figures.select(figures.read(options, {"distribution_mode": args.distribution_mode}), options)
     labels = figures.name_algorithms(data, options)
     agents = find_agents(data)
+    if not args.algorithms:
+        tested = set(agents.algorithm)
+        labels = {algorithm: label for algorithm, label in labels.items() if algorithm in tested}
     figures.print_missing(data)
     tables = make_tables(agents, labels, robustness)
     with replacing("--output", args.output) as path:

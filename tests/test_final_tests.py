@@ -98,7 +98,7 @@ def test_games_are_apart(curves, tmp_path, capsys):
     text, rows = tables(capsys, curves, more, "--output", tmp_path / "t.md")
     assert text.index("## bigfish") < text.index("## maze")
     assert ["PPO", "1", "3.000 (nan to nan)", "1.000 (nan to nan)", "2.000 (nan to nan)"] in rows
-    assert text.count("Nothing to compare.") == 1
+    assert text.count("Difference from MDPO:\n\nMDPO has no final test here.") == 1
 
 
 def test_what_has_no_final_test(curves, tmp_path, capsys):
@@ -111,6 +111,18 @@ def test_what_has_no_final_test(curves, tmp_path, capsys):
     for seed in (3, 4, 5):
         assert f"left out: {name_run(PPO, seed)}, which has no final test" in text
     assert found[2][:2] == ["PPO", "2"]
+
+
+def test_a_first_algorithm_without_any(curves, tmp_path, capsys):
+    """By default the others are compared with the first that has some; one that was chosen stays."""
+    untested = points(name_run("dpo_procgen", 1), train=1.0, test=1.0)[:2]
+    more = write(tmp_path / "more.csv", untested)
+    words = [curves, more, "--output", tmp_path / "t.md"]
+    text, rows = tables(capsys, *words)
+    assert "Difference from MDPO:" in text
+    assert rows[-1][0] == "PPO"
+    text, _ = tables(capsys, *words, "--algorithms", "dpo_procgen", PPO)
+    assert "Difference from DPO:\n\nDPO has no final test here." in text
 
 
 def write_run(folder, seed: int, end: int, settings: str = "{}"):
