@@ -426,9 +426,10 @@ def last_common_tests(rows: pd.DataFrame) -> pd.DataFrame:
     return tests[tests.step <= reached].groupby("run").tail(1)
 
 
-def normalised_scores(returns: dict[str, dict[str, np.ndarray]], mode: str) -> dict[str, np.ndarray]:
+def normalised_scores(returns: dict, unfinished: set, mode: str) -> dict[str, np.ndarray]:
     """{label: scores (number of seeds, number of games)} of the games that all have, and of as many seeds as
-    the game with the fewest has. Empty if no game is common to all."""
+    the game with the fewest has. Empty if no game is common to all. returns and unfinished as `returns_of`
+    gives them; a label with one of the unfinished games gets a †."""
     tested = [set(table) for table in returns.values()]
     games = sorted(set.intersection(*tested))
     left_out = sorted(set.union(*tested) - set(games))
@@ -448,7 +449,9 @@ def normalised_scores(returns: dict[str, dict[str, np.ndarray]], mode: str) -> d
         if num_seeds == 1:
             print(f"one seed of {label}: no spread, so its intervals mean nothing")
         values = np.stack([table[game][:num_seeds] for game in games], axis=1)
-        scores[label] = (values - low) / (high - low)
+        marked = any((label, game) in unfinished for game in games)
+        name = f"{label} †" if marked else label
+        scores[name] = (values - low) / (high - low)
     return scores
 
 
@@ -534,15 +537,19 @@ def make_table(returns: dict, unfinished: set, estimates: list[Estimates], mode:
         if each.of_pairs:
             pairs.append(each)
         else:
-            cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*values) for values in each.values.values()]
-            rows.append([each.metric, *cells])
+            row = [each.metric]
+            for name, values in each.values.items():
+                mark = " †" if name.endswith("†") else ""
+                row.append("{:.3f} [{:.3f}, {:.3f}]".format(*values) + mark)
+            rows.append(row)
 
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.append("")
     lines.append("Mean ± standard deviation over seeds (number of seeds) of the final test on the full")
     lines.append("distribution. Agents that learned together are one seed, its return their mean.")
     if unfinished:
-        lines.append("†: not all have a final test; this is the last test that all of them have reached.")
+        lines.append("†: not all have a final test; this is the last test that all of them have reached, and")
+        lines.append("to compare it with a final test, or with another step, says nothing.")
     if estimates:
         intervals = "in brackets 95 % stratified bootstrap intervals"
         lines.append(f"Scores: normalised for {mode} levels; {intervals}.")
@@ -579,7 +586,7 @@ def main(args: Args):
         else:
             print(f"missing: {tag}, in all runs")
     returns, unfinished = returns_of(data, labels)
-    scores = normalised_scores(returns, args.distribution_mode)
+    scores = normalised_scores(returns, unfinished, args.distribution_mode)
     estimates = estimate(scores, args.bootstrap)
     if estimates:
         save(draw_aggregate(estimates), "aggregate", args)

@@ -273,13 +273,13 @@ def test_normalised_scores(capsys):
     """By hand; negative below the minimum; as many seeds as all games have."""
     returns = {"a": {"bigfish": np.array([20.0, 40.0]), "maze": np.array([4.0, 1.0]), "heist": np.ones(2)}}
     returns["b"] = {"bigfish": np.array([0.0, 10.0, 1.0]), "maze": np.array([7.0])}
-    scores = figures.normalised_scores(returns, "hard")
+    scores = figures.normalised_scores(returns, set(), "hard")
     assert scores["a"] == pytest.approx(np.array([[0.5, 0.0], [1.0, -0.5]]))
     assert scores["b"] == pytest.approx(np.array([[0.0, 0.5]]))
-    assert figures.normalised_scores(returns, "easy")["b"] == pytest.approx(np.array([[0.0, 0.4]]))
+    assert figures.normalised_scores(returns, set(), "easy")["b"] == pytest.approx(np.array([[0.0, 0.4]]))
     out = capsys.readouterr().out
     assert "no test there: heist" in out and "2 runs of b" in out and "one seed of b" in out
-    assert figures.normalised_scores({"a": {"maze": np.ones(1)}, "b": {}}, "hard") == {}
+    assert figures.normalised_scores({"a": {"maze": np.ones(1)}, "b": {}}, set(), "hard") == {}
 
 
 HARD = """
@@ -300,7 +300,7 @@ def test_bounds(mode, text):
     games = re.findall(r"(\w+) \[(\S+), (\S+)\]", text)
     assert len(games) == 16
     table = {game: np.array([float(low), float(high)]) for game, low, high in games}
-    scores = figures.normalised_scores({"a": table}, mode)["a"]
+    scores = figures.normalised_scores({"a": table}, set(), mode)["a"]
     assert scores == pytest.approx(np.array([[0.0] * 16, [1.0] * 16]))
     assert set(figures.BOUNDS[mode]) == set(table)
 
@@ -374,6 +374,20 @@ def test_table(runs, tmp_path, monkeypatch, capsys):
     score = (20 / 40 + 18.5 / 33.5) / 2
     assert rows[5][2] == f"{score:.3f} [{score:.3f}, {score:.3f}]"
     assert "P(MDPO > PPO) = 0.75 [" in table and "hard levels" in table and "†:" in table
+
+
+def test_scores_of_unfinished_runs_are_marked(runs, tmp_path, monkeypatch):
+    """They are of an earlier step than the final tests that they stand beside."""
+    write_run(tmp_path, f"starpilot__{PPO}__3__1", [{TEST: line(0.01, end=500)}])
+    words = ["--algorithms", PPO, MDPO, "--tags", TEST, "--bootstrap", 50]
+    run_main(monkeypatch, runs, tmp_path, *words, "--output", tmp_path / "figures")
+    table = (tmp_path / "figures/table.md").read_text()
+    metrics = [row for row in table.splitlines() if row.startswith(("| interquartile", "| optimality"))]
+    assert len(metrics) == 2
+    for row in metrics:
+        ppo, mdpo = row.strip("| ").split(" | ")[1:]
+        assert ppo.endswith("†") and not mdpo.endswith("†")
+    assert "P(MDPO > PPO †) = " in table
 
 
 def test_scores_of_easy_levels(tmp_path, monkeypatch):
