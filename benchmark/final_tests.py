@@ -1,6 +1,6 @@
 """Tables of final tests, with 95 % intervals over seeds: what each algorithm reaches on its training levels
 and on the full distribution, its gap, and how far it is from the first algorithm. With --robustness, also
-whether robust agents are those with a small gap.
+how robust each is, and whether robust agents are those with a small gap.
 
 Reads run folders, and CSV files that figures.py wrote. The exp_name of a run is its algorithm. Agents that
 learned together count as one seed, with their mean; in a correlation each is a point, and seeds are
@@ -43,7 +43,7 @@ class Args:
     distribution_mode: Literal["hard", "easy"] = "hard"
     """of the runs"""
     robustness: Path | None = None
-    """robustness.csv of robustness_eval.py, of the same runs"""
+    """results.csv of robustness_eval.py, of the same runs"""
     output: Path = Path("final_tests.md")
     """file for the tables"""
 
@@ -165,6 +165,29 @@ def correlation_table(agents: pd.DataFrame, robustness: pd.DataFrame) -> str:
     return markdown(rows)
 
 
+def distance_table(agents: pd.DataFrame, robustness: pd.DataFrame, labels: dict[str, str]) -> str:
+    """Of one game: how much each algorithm's policy changes, and how far that is from the first of the
+    labels."""
+    joined = agents.merge(robustness, on="run")
+    if joined.empty:
+        return "No agent of --robustness has a final test here.\n"
+    first, *others = labels
+    differences = [f"{name} - {labels[first]}'s" for name in DISTANCES.values()]
+    rows = [["perturbation", "algorithm", *DISTANCES.values(), *differences]]
+    for perturbation, group in joined.groupby("perturbation", sort=False):
+        for algorithm, label in labels.items():
+            if algorithm not in set(group.algorithm):
+                continue
+            values = [seed_values(group, algorithm, name) for name in DISTANCES]
+            row = [perturbation, label, *map(str, map(mean_interval, values))]
+            for name, of_seeds in zip(DISTANCES, values):
+                compared = algorithm in others and first in set(group.algorithm)
+                baseline = seed_values(group, first, name)
+                row.append(str(difference_interval(of_seeds, baseline)) if compared else "")
+            rows.append(row)
+    return markdown(rows)
+
+
 def make_tables(agents: pd.DataFrame, labels: dict[str, str], robustness: pd.DataFrame | None) -> str:
     """Markdown, game after game."""
     baseline = next(iter(labels.values()))
@@ -173,6 +196,8 @@ def make_tables(agents: pd.DataFrame, labels: dict[str, str], robustness: pd.Dat
         parts.append(f"## {game}\n\n{return_table(of_game, labels)}")
         parts.append(f"Difference from {baseline}:\n\n{difference_table(of_game, labels)}")
         if robustness is not None:
+            distances = distance_table(of_game, robustness, labels)
+            parts.append(f"How much the policy changes:\n\n{distances}")
             correlations = correlation_table(of_game, robustness)
             parts.append(f"Rank correlation of the change of the policy with the gap:\n\n{correlations}")
     intervals = "Student's for means, Welch's for differences, by bootstrap for correlations"

@@ -174,6 +174,33 @@ def test_rank_correlation_of_robustness(curves, tmp_path, capsys):
     assert f"left out of the correlations: {name_run(PPO, 1)}, which is not in --robustness" in text
 
 
+def test_robustness_of_algorithms(curves, tmp_path, capsys):
+    """Means over seeds, and MDPO's of 0.2 and 0.4 from PPO's of 0.6 and 1.0. Welch's t of 1.47 degrees of
+    freedom is 6.164."""
+    distances = {
+        name_run(PPO, 1): 0.6,
+        name_run(PPO, 2): 1.0,
+        name_run(MDPO, 1, 1): 0.1,
+        name_run(MDPO, 1, 2): 0.3,
+        name_run(MDPO, 2, 1): 0.3,
+        name_run(MDPO, 2, 2): 0.5,
+    }
+    path = write_robustness(tmp_path / "results.csv", distances)
+    words = [curves, "--algorithms", PPO, MDPO, "--robustness", path, "--output", tmp_path / "t.md"]
+    text, rows = tables(capsys, *words)
+    start = rows.index(
+        ["perturbation", "algorithm", "KL", "total variation", "KL - PPO's", "total variation - PPO's"]
+    )
+    ppo, mdpo = rows[start + 1 : start + 3]
+    half = 12.706 * 0.2
+    assert ppo[:3] == ["random-conv", "PPO", f"0.800 ({0.8 - half:.3f} to {0.8 + half:.3f})"]
+    assert mdpo[:2] == ["random-conv", "MDPO"]
+    assert [cell.split()[0] for cell in mdpo[2:]] == ["0.300", "0.150", "-0.500", "-0.250"]
+    low, high = (float(word.strip("()")) for word in mdpo[4].split()[1::2])
+    half = 6.164 * (0.2**2 + 0.1**2) ** 0.5
+    assert (low, high) == pytest.approx((-0.5 - half, -0.5 + half), abs=0.01)
+
+
 def test_robustness_of_other_runs(curves, tmp_path, capsys):
     path = write_robustness(tmp_path / "robustness.csv", {"another_run": 1.0})
     text, _ = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
