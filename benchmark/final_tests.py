@@ -153,7 +153,7 @@ def correlation_table(agents: pd.DataFrame, robustness: pd.DataFrame) -> str:
     if joined.empty:
         return "No agent of --robustness has a final test here.\n"
     for run in sorted(set(agents.run) - set(joined.run)):
-        print(f"left out of the correlations: {run}, which is not in --robustness")
+        print(f"left out of what follows on robustness: {run}, which is not in --robustness")
     rows = [["perturbation", "agents", "seeds", *DISTANCES.values()]]
     for perturbation, group in joined.groupby("perturbation", sort=False):
         trainings = [training for _, training in group.groupby(["algorithm", "seed"])]
@@ -173,13 +173,13 @@ def distance_table(agents: pd.DataFrame, robustness: pd.DataFrame, labels: dict[
         return "No agent of --robustness has a final test here.\n"
     first, *others = labels
     differences = [f"{name} - {labels[first]}'s" for name in DISTANCES.values()]
-    rows = [["perturbation", "algorithm", *DISTANCES.values(), *differences]]
+    rows = [["perturbation", "algorithm", "seeds", *DISTANCES.values(), *differences]]
     for perturbation, group in joined.groupby("perturbation", sort=False):
         for algorithm, label in labels.items():
             if algorithm not in set(group.algorithm):
                 continue
             values = [seed_values(group, algorithm, name) for name in DISTANCES]
-            row = [perturbation, label, *map(str, map(mean_interval, values))]
+            row = [perturbation, label, str(len(values[0])), *map(str, map(mean_interval, values))]
             for name, of_seeds in zip(DISTANCES, values):
                 compared = algorithm in others and first in set(group.algorithm)
                 baseline = seed_values(group, first, name)

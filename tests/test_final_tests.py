@@ -171,7 +171,7 @@ def test_rank_correlation_of_robustness(curves, tmp_path, capsys):
     del distances[name_run(PPO, 1)]
     write_robustness(path, distances)
     text, _ = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
-    assert f"left out of the correlations: {name_run(PPO, 1)}, which is not in --robustness" in text
+    assert f"left out of what follows on robustness: {name_run(PPO, 1)}, which is not in --robustness" in text
 
 
 def test_robustness_of_algorithms(curves, tmp_path, capsys):
@@ -189,14 +189,22 @@ def test_robustness_of_algorithms(curves, tmp_path, capsys):
     words = [curves, "--algorithms", PPO, MDPO, "--robustness", path, "--output", tmp_path / "t.md"]
     _, rows = tables(capsys, *words)
     start = rows.index(
-        ["perturbation", "algorithm", "KL", "total variation", "KL - PPO's", "total variation - PPO's"]
+        [
+            "perturbation",
+            "algorithm",
+            "seeds",
+            "KL",
+            "total variation",
+            "KL - PPO's",
+            "total variation - PPO's",
+        ]
     )
     ppo, mdpo = rows[start + 1 : start + 3]
     half = 12.706 * 0.2
-    assert ppo[:3] == ["random-conv", "PPO", f"0.800 ({0.8 - half:.3f} to {0.8 + half:.3f})"]
-    assert mdpo[:2] == ["random-conv", "MDPO"]
-    assert [cell.split()[0] for cell in mdpo[2:]] == ["0.300", "0.150", "-0.500", "-0.250"]
-    low, high = (float(word.strip("()")) for word in mdpo[4].split()[1::2])
+    assert ppo[:4] == ["random-conv", "PPO", "2", f"0.800 ({0.8 - half:.3f} to {0.8 + half:.3f})"]
+    assert mdpo[:3] == ["random-conv", "MDPO", "2"]
+    assert [cell.split()[0] for cell in mdpo[3:]] == ["0.300", "0.150", "-0.500", "-0.250"]
+    low, high = (float(word.strip("()")) for word in mdpo[5].split()[1::2])
     half = 6.188 * (0.2**2 + 0.1**2) ** 0.5
     assert (low, high) == pytest.approx((-0.5 - half, -0.5 + half), abs=0.001)
 
