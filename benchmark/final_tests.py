@@ -171,21 +171,30 @@ def distance_table(agents: pd.DataFrame, robustness: pd.DataFrame, labels: dict[
     joined = agents.merge(robustness, on="run")
     if joined.empty:
         return "No agent of --robustness has a final test here.\n"
-    first, *others = labels
+    first = next(iter(labels))
     differences = [f"{name} - {labels[first]}'s" for name in DISTANCES.values()]
     rows = [["perturbation", "algorithm", "seeds", *DISTANCES.values(), *differences]]
     for perturbation, group in joined.groupby("perturbation", sort=False):
+        tested = set(group.algorithm)
         for algorithm, label in labels.items():
-            if algorithm not in set(group.algorithm):
+            if algorithm not in tested:
                 continue
-            values = [seed_values(group, algorithm, name) for name in DISTANCES]
-            row = [perturbation, label, str(len(values[0])), *map(str, map(mean_interval, values))]
-            for name, of_seeds in zip(DISTANCES, values):
-                compared = algorithm in others and first in set(group.algorithm)
+            number = group.seed[group.algorithm == algorithm].nunique()
+            row = [perturbation, label, str(number)]
+            for name in DISTANCES:
+                row.append(str(mean_interval(seed_values(group, algorithm, name))))
+            for name in DISTANCES:
+                if algorithm == first or first not in tested:
+                    row.append("")
+                    continue
+                values = seed_values(group, algorithm, name)
                 baseline = seed_values(group, first, name)
-                row.append(str(difference_interval(of_seeds, baseline)) if compared else "")
+                row.append(str(difference_interval(values, baseline)))
             rows.append(row)
-    return markdown(rows)
+    table = markdown(rows)
+    if first not in set(joined.algorithm):
+        table += f"\n{labels[first]}, to compare with, has no final test here that is in --robustness.\n"
+    return table
 
 
 def make_tables(agents: pd.DataFrame, labels: dict[str, str], robustness: pd.DataFrame | None) -> str:

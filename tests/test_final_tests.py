@@ -209,6 +209,14 @@ def test_robustness_of_algorithms(curves, tmp_path, capsys):
     assert (low, high) == pytest.approx((-0.5 - half, -0.5 + half), abs=0.001)
 
 
+def test_robustness_without_the_first_algorithm(curves, tmp_path, capsys):
+    path = write_robustness(tmp_path / "results.csv", {name_run(MDPO, 1, 1): 0.5})
+    words = [curves, "--algorithms", PPO, MDPO, "--robustness", path, "--output", tmp_path / "t.md"]
+    text, rows = tables(capsys, *words)
+    assert ["random-conv", "MDPO", "1", "0.500 (nan to nan)", "0.250 (nan to nan)"] in rows
+    assert "\n\nPPO, to compare with, has no final test here that is in --robustness.\n" in text
+
+
 def test_robustness_of_other_runs(curves, tmp_path, capsys):
     path = write_robustness(tmp_path / "robustness.csv", {"another_run": 1.0})
     text, _ = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
