@@ -758,7 +758,8 @@ class Progress:
 
     def show_returns(self, runners: list[Runner]):
         returns = [f"{each.train_return:.2f} (test {each.test_return:.2f})" for each in runners]
-        self.bar.set_postfix_str(f"return {'/'.join(returns)}", refresh=False)
+        shown = "/".join(returns).replace("nan", "-")  # before the first episode or test has ended
+        self.bar.set_postfix_str(f"return {shown}", refresh=False)
 
     def time_left(self) -> str:
         """When the iteration under way will end, in words; none if there is none."""

@@ -791,6 +791,18 @@ def test_progress_reaches_its_end(finished):
     progress.close()
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_progress_shows_returns(name):
+    """Of each agent; nan would look like a run that has gone wrong."""
+    script = importlib.import_module(name)
+    progress = script.Progress(script.Args(**SETTINGS), 2, 0, 160)
+    begun = SimpleNamespace(train_return=2.5, test_return=math.nan)
+    trained = SimpleNamespace(train_return=3.0, test_return=-1.25)
+    progress.show_returns([begun, trained])
+    assert progress.bar.postfix == "return 2.50 (test -)/3.00 (test -1.25)"
+    progress.close()
+
+
 # The rest.
 
 
