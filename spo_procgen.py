@@ -689,7 +689,36 @@ class Stop:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         when = self.progress.time_left() if self.progress else ""
         message = f"\nstopping{when}; once more stops at once\n"
-        os.write(sys.stderr.fileno(), message.encode())  # print might be at work in the interrupted line
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            os.write(sys.stderr.fileno(), message.encode())  # print might be at work in the interrupted line
+
+
+class Output:
+    """Standard output or error. What reads it may end first, as `tee` does at Ctrl-C, or a disk be full: from
+    then on nothing is shown, and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream or io.StringIO()  # there is none where the shell has closed it
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str):
+        with self.silent_after_errors():
+            self.stream.write(text)
+
+    def flush(self):
+        with self.silent_after_errors():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def silent_after_errors(self):
+        try:
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # where Python's last flush goes, too
+            os.close(nowhere)
 
 
 def make_bar(**options) -> tqdm:
@@ -793,8 +822,12 @@ def can_compile(device) -> bool:
 
 
 def first_line(error: Exception) -> str:
+    """And the second, if the first only announces it."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    number = 2 if lines[0].endswith(":") else 1
+    return " ".join(lines[:number])
 
 
 class CudaGraph:
@@ -803,9 +836,9 @@ class CudaGraph:
 
     warmup_calls = 3
 
-    def __init__(self, function, advice: str):
+    def __init__(self, function, run_dir: Path):
         self.function = function
-        self.advice = advice  # for one whose graph cannot be captured
+        self.run_dir = run_dir  # to be resumed without what fails
         self.stream = torch.cuda.Stream()
         self.num_calls = Counter()
         self.graphs = {}
@@ -834,6 +867,9 @@ class CudaGraph:
                 return self.function(x)
         except torch.OutOfMemoryError:
             raise
+        except torch._dynamo.exc.TorchDynamoException as error:
+            way_out = f"--resume {self.run_dir} --no-compile would do"
+            raise Failure(f"torch.compile failed: {first_line(error)}; {way_out}") from error
         except RuntimeError as error:
             print(f"CUDA graphs are off: {first_line(error)}", flush=True)
             self.off = True
@@ -846,8 +882,11 @@ class CudaGraph:
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 outputs = self.function(static_x)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # in the middle of a capture, which this process may not get over
-            raise Failure(f"no CUDA graph: {first_line(error)}; {self.advice}") from error
+            way_out = f"--resume {self.run_dir} --no-cudagraphs would do"
+            raise Failure(f"no CUDA graph: {first_line(error)}; {way_out}") from error
         return graph, static_x, outputs
 
 
@@ -897,9 +936,8 @@ def speed_up(args: Args, agents: list[Agent], optimizer, runners, device, run_di
     batches = [runner.batch for runner in runners]
     gradient_step = partial(minibatch_step, backward, agents, optimizer, batches, args)
     if cuda and args.cudagraphs:
-        advice = f"--resume {run_dir} --no-cudagraphs would do"
-        gradient_step = CudaGraph(gradient_step, advice)
-        policies = [CudaGraph(policy, advice) for policy in policies]
+        gradient_step = CudaGraph(gradient_step, run_dir)
+        policies = [CudaGraph(policy, run_dir) for policy in policies]
     return players, policies, gradient_step
 
 
@@ -1153,9 +1191,12 @@ def read_encoder(args: Args) -> tuple[tuple[int, int, int], dict]:
             is_kernel = expected.dim() == 4  # whose shape does not depend on the size of the pictures
             if is_kernel and weights[name].shape != expected.shape:
                 raise ValueError(name)
+        finite = all(weight.isfinite().all() for weight in weights.values())
     except Exception as error:  # a part is missing, or its shape is not what the file says
         reason = "it has no encoder of the channels that it names"
         raise Failure(f"--pretrained-encoder cannot use {path}: {reason}") from error
+    if not finite:
+        raise Failure(f"--pretrained-encoder: the weights in {path} are not all finite")
     if args.channels not in (Args.channels, channels):
         raise Failure(f"--channels must be {channels}, as in {path}: leave it out")
     return channels, weights
@@ -1310,6 +1351,8 @@ def parse_args() -> Args:
     parser.add_argument("--seed", nargs="?", default=Args.seed)
     parser.add_argument("--device", nargs="?")
     given, _ = parser.parse_known_args()
+    with contextlib.suppress(ValueError, TypeError):  # of which tyro will tell
+        given.seed = int(given.seed)  # 01 is 1, as in the name of its run
     path = find_checkpoint(given.resume or "", given.env_id, given.exp_name, given.seed)
     options = {"prog": Path(__file__).name, "description": __doc__}
     if path:
@@ -1394,12 +1437,17 @@ def main(args: Args, stop: Stop | None = None):
     if stopping:
         print(f"stopped after {position.global_step:,} steps; to go on: --resume {run_dir}", flush=True)
         sys.exit(128 + stop.signal_number)
-    print(f"finished after {position.global_step:,} steps: {run_dir}")
+    print(f"finished after {position.global_step:,} steps: {run_dir}", flush=True)
 
 
 def run_from_shell():
     """What is wrong with a file, a disk or the memory is one line, with exit status 2."""
     threading.excepthook = pass_over_writer_errors
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+        run_or_say_why()
+
+
+def run_or_say_why():
     stop = Stop()
     stop.catch_signals()
     try:
@@ -1407,6 +1455,8 @@ def run_from_shell():
         return
     except Failure as failure:
         message = str(failure)
+    except UnicodeEncodeError as error:
+        message = f"{error.object!a} cannot be written in {error.encoding}: another name would do"
     except OSError as error:
         message = f"{error.filename or 'cannot write'}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:

@@ -37,6 +37,8 @@ from procgen.env import ENV_NAMES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from ppo_procgen import Output
+
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its authors
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let everything else go first
 import ray
@@ -110,6 +112,10 @@ class Args:
         for variant in self.variants:
             if not re.fullmatch(r"|[\w.+-]+=.*", variant):
                 raise ValueError(f"--variants must each be NAME=FLAGS or empty, not {variant}")
+        names = [variant.partition("=")[0] for variant in self.variants]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"--variants: {name} is there twice, and each needs a name of its own")
 
 
 @dataclass
@@ -126,7 +132,10 @@ def make_plan(args: Args, script_flags: list[str]) -> list[Run]:
     runs = []
     for variant in args.variants:
         label, _, flags = variant.partition("=")
-        words = [*script_flags, *flags.split()]
+        try:
+            words = [*script_flags, *shlex.split(flags)]
+        except ValueError as error:  # a quotation that has no end
+            fail(f"--variants: {error} in {flags}")
         for game in args.games:
             for algorithm in args.algorithms:
                 for seed in args.seeds:
@@ -163,7 +172,10 @@ def plan_run(args: Args, algorithm: str, game: str, seed: int, label: str, flags
 
 
 def fill_in(word: str, game: str, seed: int, output: Path) -> str:
-    """A script's flag or value without placeholders; * stays where no path fits."""
+    """A script's flag, value or FLAG=VALUE without placeholders; * stays where no path fits."""
+    if word.startswith("--") and "=" in word:
+        flag, _, value = word.partition("=")
+        return f"{flag}={fill_in(value, game, seed, output)}"
     word = word.replace("{game}", game).replace("{seed}", str(seed))
     if "*" not in word:
         return word
@@ -201,9 +213,10 @@ def find_state(run_name: str, settings: dict, defaults: dict, steps: int, output
     for folder in (output / "runs").glob(f"{run_name}__{TEN_DIGITS}"):
         final_test = read_object(folder / "final_test.json")
         made_with = read_object(folder / "args.json") or final_test.get("args")
-        if made_with:
+        if isinstance(made_with, dict):
             check_settings(folder, defaults | made_with, settings)
-        if final_test.get("global_step", 0) >= steps:
+        tested_step = final_test.get("global_step")
+        if isinstance(tested_step, int) and tested_step >= steps:
             state = "finished"
         elif state == "new" and (folder / "checkpoint.pt").exists():
             state = "interrupted"
@@ -329,7 +342,9 @@ class Stop:
         self.signal_number = signal_number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("\nstopping: each run finishes its iteration; once more stops at once", file=sys.stderr)
+        message = b"\nstopping: each run finishes its iteration; once more stops at once\n"
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            os.write(sys.stderr.fileno(), message)
 
 
 class Watched:
@@ -492,4 +507,5 @@ def main(args: Args, script_flags: list[str]):
 if __name__ == "__main__":
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports what resumed runs leave behind
     own_words, script_words = split_words(sys.argv[1:])
-    run_tool(partial(main, script_flags=script_words), Args, __doc__, own_words)
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+        run_tool(partial(main, script_flags=script_words), Args, __doc__, own_words)

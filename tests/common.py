@@ -197,8 +197,9 @@ class Fork:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                if stream:  # a test may have closed it
+                    stream.flush()
             os._exit(status)
 
     def running(self) -> bool:

@@ -218,7 +218,7 @@ class Counting:
         return result, result.sum()
 
 
-def test_a_graph_is_captured_without_traces(two):
+def test_a_graph_is_captured_without_traces(two, tmp_path):
     """What the function changes and the generator are as if it had run only when called, for each shape; and
     the results are copies, which the next call leaves alone."""
     sizes = [4, 4, 2, 4, 2, 4, 4, 2, 2, 2]
@@ -229,7 +229,7 @@ def test_a_graph_is_captured_without_traces(two):
     graphed = Counting()
     torch.manual_seed(0)
     with imitation.fast_path_of_cuda(two):
-        graph = two.CudaGraph(graphed, "advice")
+        graph = two.CudaGraph(graphed, tmp_path)
         results = [graph(x) for x in inputs]
     assert imitation.Graph.made == 2
     assert torch.equal(graphed.state, plain.state)
@@ -248,7 +248,7 @@ def assert_a_graph_sees_another_learning_rate(script, num: int, device):
     def step(mb_inds):
         return minibatch_step(script, agents, optimizer, batches, script.Args(), mb_inds)
 
-    graph = script.CudaGraph(step, "advice")
+    graph = script.CudaGraph(step, ROOT)
     moved = []
     for rate in (1e-3, 1e-3, 1e-3, 1e-3, 0.0, 1e-3):  # the first three warm up
         lr.fill_(rate)
@@ -267,7 +267,7 @@ def test_a_graph_sees_another_learning_rate(two):
 
 
 @pytest.mark.parametrize("method", ["item", "cpu", "numpy", "nonzero", "__bool__"])
-def test_the_imitation_refuses_what_cuda_refuses(two, method):
+def test_the_imitation_refuses_what_cuda_refuses(two, method, tmp_path):
     """Reading numbers in a capture: after the warm-up calls, which may do so."""
 
     def reading(x):
@@ -275,7 +275,7 @@ def test_the_imitation_refuses_what_cuda_refuses(two, method):
         return (x,)
 
     with imitation.fast_path_of_cuda(two):
-        graph = two.CudaGraph(reading, "advice")
+        graph = two.CudaGraph(reading, tmp_path)
         for _ in range(3):
             graph(torch.ones(1))
         with pytest.raises(two.Failure, match="not permitted"):
@@ -304,7 +304,42 @@ def test_without_a_compiler_the_run_goes_on(two, backend, plain_runs, tmp_path, 
     said = [line for line in capsys.readouterr().out.splitlines() if "torch.compile" in line]
     assert len(said) == 1
     assert said[0].startswith("torch.compile is off: ")
+    assert "there is no compiler" in said[0]
     assert_same_run(run_dir, plain_runs(two))
+
+
+def test_a_loss_that_does_not_compile_ends_the_run(two, tmp_path):
+    """Where a small function has compiled: the failure says how to go on."""
+
+    def compile_small_graphs(graph, inputs):
+        if len(graph.graph.nodes) > 10:
+            raise RuntimeError("too large\nand more that nobody reads")
+        return graph
+
+    with imitation.fast_path_of_cuda(two, compile_small_graphs), pytest.raises(two.Failure) as failure:
+        train(two, tmp_path)
+    message = str(failure.value)
+    run_dir = run_folder(tmp_path).relative_to(tmp_path)
+    assert message.startswith("torch.compile failed: ")
+    assert message.endswith(f"too large; --resume {run_dir} --no-compile would do")
+
+
+@pytest.mark.parametrize("calls", [0, 3], ids=["warm-up", "capture"])
+def test_out_of_memory_in_a_graph(two, calls, tmp_path):
+    """It is no reason to go on without graphs."""
+    results = [(torch.ones(1),)] * calls
+
+    def step(x):
+        if not results:
+            raise torch.OutOfMemoryError("there is no more")
+        return results.pop()
+
+    with imitation.fast_path_of_cuda(two):
+        graph = two.CudaGraph(step, tmp_path)
+        for _ in range(calls):
+            graph(torch.ones(1))
+        with pytest.raises(torch.OutOfMemoryError):
+            graph(torch.ones(1))
 
 
 @pytest.mark.parametrize("threads", [None, "7"])
@@ -510,7 +545,7 @@ def test_buffers_change_no_observation(two):
 @pytest.mark.parametrize("switches", [{}, {"compile": False}, {"cudagraphs": False}, {"bf16": False}])
 def test_cuda_computes_the_same(two, tmp_path, switches):
     """With everything on, and with each switch alone off."""
-    settings = ONE_ITERATION | {"device": "cuda", "num_envs": 16}
+    settings = ONE_ITERATION | {"device": "cuda", "num_envs": 16, "total_timesteps": 256}
     fast = train(two, tmp_path / "fast", **settings | switches)
     reference = train(two, tmp_path / "reference", **settings | OFF)
     assert_same_update(fast, reference, first_weights(two))

@@ -1,6 +1,7 @@
 """A new actor and critic on the encoder of an earlier run, frozen or trained on."""
 
 import importlib
+import math
 import os
 import sys
 
@@ -141,6 +142,12 @@ def saved(source, **changes) -> dict:
     return load_agent(source) | changes
 
 
+def with_nan(source) -> dict:
+    content = load_agent(source)
+    content["agent"]["encoder.0.bias"][0] = math.nan
+    return content
+
+
 BAD = {
     "missing": lambda path, source: None,
     "a folder": lambda path, source: path.mkdir(),
@@ -150,6 +157,7 @@ BAD = {
     "weights alone": lambda path, source: torch.save(load_agent(source)["agent"], path),
     "no encoder": lambda path, source: torch.save(saved(source, agent={}), path),
     "another width": lambda path, source: torch.save(saved(source, args={"channels": (8, 8, 8)}), path),
+    "not finite": lambda path, source: torch.save(with_nan(source), path),
     "no width": lambda path, source: torch.save(saved(source, args={}), path),
     "an impossible width": lambda path, source: torch.save(saved(source, args={"channels": (0, 1, 2)}), path),
 }

@@ -661,6 +661,7 @@ def test_auto_takes_the_newest_run_of_the_name(ppo, tmp_path, capsys):
     assert parse(script, tmp_path, "--env_id=fruitbot", "--resume=auto").resume == found
     other = parse(script, tmp_path, *words, "--seed", "2").resume
     assert other == "runs/fruitbot__ppo_procgen__2__1700000102/checkpoint.pt"
+    assert parse(script, tmp_path, *words, "--seed", "02").resume == other  # as of `seq -w`
 
 
 @pytest.mark.parametrize("name", ["ppo_procgen__1__other", "ppo_procgen__1__2"])

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from common import (
     run_script,
     same,
     set_handlers,
+    shell,
     start_script,
     train,
     without_boxes,
@@ -666,6 +668,57 @@ def test_signal_from_the_shell(name, signal_number, tmp_path):
     run = Shell(name, tmp_path, flags(**ENDLESS))
     run.wait_for_line("run folder: runs/")
     check_signal_in_training(name, tmp_path / "work", run, signal_number)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_what_reads_the_output_ends_first(name, tmp_path):
+    """The run goes on, and a signal stops it as ever."""
+    run = Fork(importlib.import_module(name), tmp_path, flags(**ENDLESS))
+    wait_for_checkpoint(tmp_path, iteration=1)
+    run.out.close()
+    run.err.close()
+    reached = iteration_of(run_folder(tmp_path))
+    wait_for_checkpoint(tmp_path, reached + 3)
+    os.kill(run.id, signal.SIGINT)
+    _, wait_status = os.waitpid(run.id, 0)
+    assert os.waitstatus_to_exitcode(wait_status) == 128 + signal.SIGINT
+    for folder in agent_folders(name, run_folder(tmp_path)):
+        assert (folder / "agent.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", ["2>&1", ""])
+def test_ctrl_c_in_a_pipeline(streams, tmp_path):
+    """A terminal sends SIGINT to tee, too, which ends at once."""
+    command, options = shell("mdpo_procgen", tmp_path)
+    command += map(str, flags(**ENDLESS))
+    pipeline = f"trap : INT; {shlex.join(map(str, command))} {streams} | tee log; exit ${{PIPESTATUS[0]}}"
+    with subprocess.Popen(
+        ["bash", "-c", pipeline], stderr=subprocess.PIPE, start_new_session=True, **options
+    ) as process:
+        folder = tmp_path / "work"
+        wait_for_checkpoint(folder, iteration=1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert b"Traceback" not in err
+    assert b"Broken pipe" not in err
+    for agent_folder in agent_folders("mdpo_procgen", run_folder(folder)):
+        assert (agent_folder / "agent.pt").exists()
+
+
+def test_without_output(tmp_path):
+    """As where the shell has closed it: >&- 2>&-"""
+
+    def close_both():
+        sys.stdout = None
+        sys.stderr = None
+
+    script = importlib.import_module("ppo_procgen")
+    words = flags(**(SETTINGS | {"total_timesteps": BATCH_SIZE, "eval_interval": 0}))
+    assert Fork(script, tmp_path, words, close_both).finish().status == 0
+    assert iteration_of(run_folder(tmp_path)) == 1
+    assert (run_folder(tmp_path) / "agent.pt").exists()
 
 
 def check_signal_in_final_test(name: str, folder, run, signal_number: int):

@@ -124,6 +124,10 @@ def test_placeholders(tmp_path):
     (run,) = plan(tmp_path, "--algorithms", "ppo", "--seeds", "4", "--variants", variant)
     newest = tmp_path / "runs/fruitbot__mdpo_procgen__4__1800000000"
     assert f"--wandb-project-name {newest} --wandb-entity fruitbot" in " ".join(run.command)
+    variant = "v=--wandb-project-name=runs/{game}__mdpo_procgen__{seed}__* --wandb-entity 'two words'"
+    (run,) = plan(tmp_path, "--algorithms", "ppo", "--seeds", "4", "--variants", variant)
+    assert f"--wandb-project-name={newest}" in run.command
+    assert "two words" in run.command
 
 
 def test_states(tmp_path):
@@ -148,7 +152,7 @@ def test_states(tmp_path):
     newer.mkdir()
     (newer / "checkpoint.pt").touch()
     assert state() == "finished"
-    for text in ("{", "3", "[1]"):
+    for text in ("{", "3", "[1]", '{"global_step": null}', '{"args": 5}'):
         (folder / "final_test.json").write_text(text)
         assert state() == "interrupted"
     (folder / "final_test.json").unlink()
@@ -237,6 +241,8 @@ BAD = [  # what is written on the command line, and words that the message has
     ("--variants wide", ["--variants", "NAME=FLAGS"]),
     ("--variants wide=--chanels", ["--chanels"]),
     ("--variants a/b=", ["--variants"]),
+    ("--variants wide= wide=--gamma=0.9", ["--variants", "wide", "twice"]),
+    ("--variants wide='", ["--variants", "quotation"]),
     ("--cpus 0", ["--cpus", "1"]),
     ("--cpus 1001", ["--cpus", "1000"]),
     ("--gpus 1.5", ["--gpus", "whole"]),
