@@ -46,8 +46,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from matplotlib.cbook import is_math_text
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.mathtext import MathTextParser
 from procgen import ProcgenGym3Env
 from procgen.env import ENV_NAMES
 from sklearn.manifold import TSNE
@@ -149,6 +151,10 @@ class Args:
             raise ValueError(
                 f"--labels needs one for each of the {number} --checkpoints, not {len(self.labels)}"
             )
+        if "" in self.checkpoints:
+            raise ValueError("--checkpoints has an empty name in it, as of a variable that is not set")
+        for label in self.labels:
+            check_label(label)
         if not self.tests or not set(self.tests) <= TESTS.keys():
             given = " ".join(self.tests) or "nothing"
             raise ValueError(f"--tests must be some of {', '.join(TESTS)}, not {given}")
@@ -165,6 +171,19 @@ def check_ranges(args):
             if isinstance(limits, Range) and not limits.low <= value <= limits.high:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} must be from {limits.low} to {limits.high}, not {value}")
+
+
+def check_label(label: str):
+    """Raises ValueError if no picture can show it."""
+    if not label.isprintable():
+        raise ValueError(f"--labels must be text that can be printed, not {label!a}")
+    if is_math_text(label):
+        try:
+            MathTextParser("path").parse(label)
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[-1]
+            message = f"--labels: {label} is no formula: {reason}; \\$ is a dollar"
+            raise ValueError(message) from error
 
 
 def find_device(name: str) -> torch.device:
@@ -314,6 +333,9 @@ def read_agent(path: Path, label: str, device) -> Checkpoint:
     for weight in agent.parameters():
         if not weight.isfinite().all():
             raise Failure(f"--checkpoints: the weights in {path} are not all finite")
+    white = torch.full((1, 64, 64, 3), 255.0)
+    if not policy_logits(agent, white).isfinite().all():
+        raise Failure(f"--checkpoints: the weights in {path} are too large to compute with")
     return Checkpoint(str(path), label, game, agent.to(device))
 
 
@@ -344,7 +366,9 @@ def read_agents(args: Args, device) -> dict[Game, list[Checkpoint]]:
         if not paths:
             raise Failure(f"--checkpoints: there is no agent.pt in the folder {given}")
         for path in paths:
-            found.setdefault(path.resolve(), (path, label))
+            _, label_before = found.setdefault(path.resolve(), (path, label))
+            if label_before != label:
+                raise Failure(f"--labels: {path} is among the --checkpoints of {label_before} and of {label}")
     games = {}
     for path, label in found.values():
         checkpoint = read_agent(path, label, device)
@@ -1031,6 +1055,11 @@ def embed(name: str, setup: Setup, agents: list[Agent], state: States, copies: i
     return embedding.reshape(len(agents), 1 + copies, 2)
 
 
+def in_legend(label: str) -> str:
+    """Matplotlib leaves out what begins with _."""
+    return f" {label}" if label.startswith("_") else label
+
+
 def draw_tsne(name: str, setup: Setup, checkpoints: list[Checkpoint], state: States) -> Figure:
     """The embedding of one observation and its copies for each checkpoint (figure 4): a color for each label,
     a marker for each of its checkpoints."""
@@ -1052,7 +1081,7 @@ def draw_tsne(name: str, setup: Setup, checkpoints: list[Checkpoint], state: Sta
             legend = f"{label} {number + 1}"
         x, y = embedding[i, 1:].T
         style = {"c": color, "marker": marker, "alpha": 0.6}
-        axis.scatter(x, y, s=22, label=legend, **style)
+        axis.scatter(x, y, s=22, label=in_legend(legend), **style)
         x, y = embedding[i, 0]
         axis.scatter(x, y, s=320, c=color, zorder=3, **star)
     axis.scatter([], [], s=200, c="white", label="the observation itself", **star)
@@ -1096,7 +1125,7 @@ def draw_bars(axis, measure: str, names: list, labels: list, rows: list[dict]):
                 errors.append(row[f"{measure}_standard_error"] or 0)
         offset = (i - (len(labels) - 1) / 2) * width
         x = np.arange(len(names)) + offset
-        axis.bar(x, heights, width, yerr=errors, capsize=3, label=label)
+        axis.bar(x, heights, width, yerr=errors, capsize=3, label=in_legend(label))
     axis.set_xticks(range(len(names)), names, rotation=15)
 
 
@@ -1143,9 +1172,10 @@ def write_results(results: Path, args: Args, rows: list[dict], table: str, figur
     """Makes the folder `results`."""
     content = {"settings": asdict(args), "results": rows}
     results.mkdir()
-    (results / "table.md").write_text(table)
+    any_name = {"encoding": "utf-8", "errors": "surrogateescape"}  # of files, be they UTF-8 or not
+    (results / "table.md").write_text(table, **any_name)
     (results / "results.json").write_text(json.dumps(content, indent=2))
-    with (results / "results.csv").open("w", newline="") as file:
+    with (results / "results.csv").open("w", newline="", **any_name) as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -1170,8 +1200,12 @@ def write_tensorboard(log_dir: str, rows: list[dict], table: str, folder: Path):
                 kind, game = path.stem.split("_", 1)
                 image = imread(path)[..., :3]  # without its opacity
                 writer.add_image(f"{game}/{kind}", image, dataformats="HWC")
-        for label in dict.fromkeys(row["label"] for row in rows):
-            with SummaryWriter(Path(log_dir, re.sub(r"\W", "_", label))) as writer:
+        labels = list(dict.fromkeys(row["label"] for row in rows))
+        names = [re.sub(r"\W", "_", label) for label in labels]
+        for i, label in enumerate(labels):
+            number = names[:i].count(names[i])  # of labels before that differ in other characters alone
+            name = f"{names[i]}_{number + 1}" if number > 0 else names[i]
+            with SummaryWriter(Path(log_dir, name)) as writer:
                 for row in rows:
                     if row["label"] == label and row["checkpoint"] == "all":
                         add_means(writer, row)
@@ -1199,7 +1233,7 @@ def main(args: Args):
         raise Failure(f"--output {folder} exists: name a folder that does not")
     games = read_agents(args, device)
     rows = []
-    figures = {}
+    scored = []
     with make_unfinished(folder, args.log_dir) as unfinished:
         announce(games, args, device)
         for game, checkpoints in games.items():
@@ -1207,15 +1241,18 @@ def main(args: Args):
             states = gather_states(setup, [checkpoint.agent for checkpoint in checkpoints])
             rows_of_game = score(setup, checkpoints, states)
             rows += rows_of_game
-            figures |= draw_game(setup, checkpoints, states, rows_of_game)
+            scored.append((setup, checkpoints, states, rows_of_game))
         table = markdown(rows)
         results = Path(unfinished, "results")
+        figures = {}
         try:
+            for of_game in scored:
+                figures |= draw_game(*of_game)
             write_results(results, args, rows, table, figures)
             folder = publish(results, folder)
         except OSError as error:
             raise Failure(f"--output {folder}: {error.strerror or error}") from error
-        finally:  # neither a full disk nor a closed pipe costs the other
+        finally:  # no full disk or picture costs the table, and no closed pipe the files
             print(f"\n{table}")
     if args.log_dir:
         write_tensorboard(args.log_dir, rows, table, folder)
@@ -1260,6 +1297,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def evaluate_from_shell():
     """What is wrong with a file, a disk or the memory is one line, with exit status 2."""
     threading.excepthook = pass_over_writer_errors
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # what it has no letters for is no error
     signal.signal(signal.SIGINT, end_by_signal)
     signal.signal(signal.SIGTERM, end_by_signal)
     try:
@@ -1272,7 +1311,8 @@ def evaluate_from_shell():
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        message = "out of memory: a smaller --chunk-size or --num-episodes would do"
+        smaller = "smaller --chunk-size, --num-states, --num-copies or --num-episodes"
+        message = f"out of memory: {smaller} would do"
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 

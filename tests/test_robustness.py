@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import runpy
 import signal
 import subprocess
@@ -922,7 +923,10 @@ def test_picture_of_the_scores():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["A", "B"]
     for row in rows:
         row["return_kept_mean"] = None
-    assert len(robust.draw_scores(rows).axes) == 3
+        row["label"] = f"_{row['label']}"
+    figure = robust.draw_scores(rows)
+    assert len(figure.axes) == 3
+    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_A", "_B"]
 
 
 # Whole runs
@@ -1013,10 +1017,12 @@ def test_tensorboard_has_the_means_over_agents(finished):
 def test_tensorboard_has_a_run_for_each_label(good):
     """Which leads out of the folder never."""
     save_agent(good / "other.pt", make_agent(2), **STARPILOT)
-    words = [*SHORT[:2], "other.pt", *SHORT[2:]]
-    run_here(*words, "--labels", "../PPO, wide", "other", "--log-dir", "tb/here")
+    save_agent(good / "third.pt", make_agent(3), **STARPILOT)
+    words = [*SHORT[:2], "other.pt", "third.pt", *SHORT[2:]]
+    run_here(*words, "--labels", "../PPO, wide", "other", "../PPO; wide", "--log-dir", "tb/here")
     assert names_in(good / "tb") == ["here"]
-    for label, folder in (("../PPO, wide", "___PPO__wide"), ("other", "other")):
+    folders = {"../PPO, wide": "___PPO__wide", "other": "other", "../PPO; wide": "___PPO__wide_2"}
+    for label, folder in folders.items():
         rows = [row for row in results_of(good / "out") if row["label"] == label]
         assert rows
         check_means(good / "tb" / "here" / folder, rows)
@@ -1160,6 +1166,8 @@ def spoil(tmp_path):
     nan = {name: weight.clone() for name, weight in content["agent"].items()}
     nan["actor.bias"][3] = math.nan
     save["nan"] = content | {"agent": nan}
+    huge = {name: 1e30 * weight for name, weight in content["agent"].items()}
+    save["huge"] = content | {"agent": huge}
     for name, value in save.items():
         torch.save(value, tmp_path / f"{name}.pt")
     whole = good.read_bytes()
@@ -1203,6 +1211,10 @@ CASES = [
     ("--checkpoints good.pt --tests random_conv", ["--tests", "random-conv", "color-jitter"]),
     ("--checkpoints good.pt --tests return", ["--tests", "return"]),
     ("--checkpoints good.pt --labels a b", ["--labels", "1"]),
+    (r"--checkpoints good.pt --labels $\lambd=1$", ["--labels", "lambd", r"\$"]),
+    ("--checkpoints good.pt --labels a\x07", ["--labels", "printed"]),
+    ("--checkpoints good.pt good.pt --labels a b", ["--labels", "good.pt", "of a and of b"]),
+    ("--checkpoints huge.pt", ["huge.pt", "too large"]),
     ("--checkpoints good.pt --device gpu", ["--device", "gpu", "cpu"]),
     ("--checkpoints good.pt --device cuda:99", ["--device", "99"]),
     ("--checkpoints good.pt --output folder", ["--output", "folder"]),
@@ -1345,6 +1357,27 @@ def test_a_signal_ends_it_cleanly(number, status, good, monkeypatch, capfd):
     assert run_as_main(monkeypatch, *SHORT) == status
     assert capfd.readouterr().err == "starpilot: states\n"
     assert names_in(good) == ["good.pt"]
+
+
+@pytest.mark.slow
+def test_names_that_are_not_utf8(tmp_path):
+    """In a locale without the letters of the table, too."""
+    path = os.fsencode(tmp_path) + b"/run\xe9.pt"
+    os.rename(save_agent(tmp_path / "good.pt", make_agent(), **STARPILOT), path)
+    command, options = shell("robustness_eval", tmp_path)
+    words = flags(**TINY_ARGS, output="out")
+    options["env"] |= {
+        "PYTHONIOENCODING": "ascii",
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+    }
+    result = subprocess.run([*command, "--checkpoints", path, *words], capture_output=True, **options)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "work" / "out"
+    assert path in (folder / "results.csv").read_bytes()
+    assert results_of(folder)[1]["checkpoint"] == os.fsdecode(path)
+    assert " → " in (folder / "table.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
