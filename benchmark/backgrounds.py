@@ -14,7 +14,7 @@ from functools import partial
 from typing import Annotated
 
 import tyro
-from helpers import Count, check_ranges, copy_script, parse_args, split_words
+from helpers import Count, check_ranges, copy_script, end_with, parse_args, split_words
 
 from robustness_eval import BACKGROUNDS, Game, find_fields, read_int, replace_int
 
@@ -96,6 +96,9 @@ def parse_script_args(script, parse_original, number: int):
 
 
 def main(args: Args, script_flags: list[str]):
+    for word in script_flags:
+        if word.split("=")[0].replace("_", "-") == "--exp-name":
+            end_with("--exp-name is not for the flags of the script, since --backgrounds sets it")
     script = copy_script(args.script)
     script.make_envs = partial(make_envs, script.make_envs, args.backgrounds)
     script.parse_args = partial(parse_script_args, script, script.parse_args, args.backgrounds)

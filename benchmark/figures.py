@@ -29,6 +29,8 @@ import numpy as np
 import pandas as pd
 import tyro
 from helpers import Range, check_folder, check_ranges, fail, replacing, run_tool
+from matplotlib.cbook import is_math_text
+from matplotlib.mathtext import MathTextParser
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -114,8 +116,23 @@ class Args:
             raise ValueError("--algorithms must differ from each other")
         if self.labels and len(self.labels) != len(self.algorithms):
             raise ValueError("--labels must be as many as --algorithms")
+        for label in self.labels:
+            check_label(label)
         if self.csv and self.csv.name in ("", ".."):
             raise ValueError(f"--csv must end in a file's name, not be {self.csv}")
+
+
+def check_label(label: str):
+    """Raises ValueError if no picture can show it."""
+    if not label.isprintable():
+        raise ValueError(f"--labels must be text that can be printed, not {label!a}")
+    if is_math_text(label):
+        try:
+            MathTextParser("path").parse(label)
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[-1]
+            message = f"--labels: {label} is no formula: {reason}; \\$ is a dollar"
+            raise ValueError(message) from error
 
 
 def check_paths(paths: tuple[Path, ...]):
@@ -335,6 +352,7 @@ def name_algorithms(data: pd.DataFrame, args: Args) -> dict[str, str]:
         listed = ", ".join(names)
         fail(f"--algorithms: at most {MOST_ALGORITHMS} can be told apart, not {listed}")
     labels = args.labels or [label_of(name) for name in names]
+    labels = [f" {label}" if label.startswith("_") else label for label in labels]  # else no legend has it
     if len(set(labels)) < len(names):
         fail(f"--labels must differ from each other, not be {', '.join(labels)}")
     return dict(zip(names, labels))
@@ -593,7 +611,7 @@ def main(args: Args):
 
     table = make_table(returns, unfinished, estimates, args.distribution_mode)
     with replacing("--output", args.output / "table.md") as path:
-        path.write_text(table)
+        path.write_text(table, encoding="utf-8")
     print(table)
     print(f"figures: {args.output}")
 

@@ -227,7 +227,7 @@ def main(args: Args):
     figures.print_missing(data)
     tables = make_tables(agents, labels, robustness)
     with replacing("--output", args.output) as path:
-        path.write_text(tables)
+        path.write_text(tables, encoding="utf-8")
     print(tables)
 
 

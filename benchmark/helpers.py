@@ -85,11 +85,20 @@ def parse_args(args_class, description: str, words: list[str] | None = None):
 
 
 def run_tool(main, args_class, description: str, words: list[str] | None = None):
-    """Calls main with the words, by default those of the shell, as an args_class. What the user can mend ends
-    the process with one line and exit status 2, Ctrl-C with exit status 130."""
+    """Calls main with the words, by default those of the shell, as an args_class, with clear_errors."""
     args = parse_args(args_class, description, words)
-    try:
+    with clear_errors():
         main(args)
+
+
+@contextlib.contextmanager
+def clear_errors():
+    """What the user can mend ends the process with one line and exit status 2, Ctrl-C with exit status 130. A
+    letter that the terminal does not have is no error."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
     except Failure as failure:
         end_with(str(failure))
     except OSError as error:

@@ -299,7 +299,7 @@ def run_jobs(jobs: list[Job], design: Design, args: Args):
 
 def write_text(path: Path, text: str):
     with replacing("--output", path) as unfinished:
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def read_result(path: Path, design: Design) -> dict | None:

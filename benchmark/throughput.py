@@ -22,7 +22,8 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from helpers import Count, check_ranges
+from helpers import Count, check_ranges, clear_errors, fail
+from procgen.env import ENV_NAMES
 
 SCRIPTS = ["ppo_procgen", "spo_procgen", "mdpo_procgen", "mdspo_procgen"]
 PARTS = ["environments", "inference", "copies", "GAE", "update"]
@@ -43,8 +44,9 @@ class Args:
             raise ValueError(
                 f"SCRIPT, the first word, must be one of {', '.join(SCRIPTS)}, not {self.script}"
             )
-        if not self.games:
-            raise ValueError("--games needs one or more games")
+        if not self.games or not set(self.games) <= set(ENV_NAMES):
+            given = " ".join(self.games) or "nothing"
+            raise ValueError(f"--games must be some of {', '.join(ENV_NAMES)}, not {given}")
 
 
 class Clock:
@@ -229,19 +231,34 @@ def print_parts(parts: list[dict[str, float]]):
 
 def main():
     args, rest = tyro.cli(Args, prog="throughput.py", description=__doc__, return_unknown_args=True)
+    with clear_errors():
+        measure_games(args, rest)
+
+
+def measure_games(args: Args, rest: list[str]):
+    """With the flags of the script in `rest`."""
     script = importlib.import_module(args.script)
     flags = " ".join(rest) or "no flags"
     all_settings = []
     for game in args.games:
         words = ["--env-id", game, *rest]
         all_settings.append(tyro.cli(script.Args, prog=f"{args.script}.py", description="", args=words))
+        if all_settings[-1].resume or all_settings[-1].pretrained_encoder:
+            fail("--resume and --pretrained-encoder are not for a measurement, which needs no run")
     device = script.find_device(all_settings[0].device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     print(f"{os.cpu_count()} cores, {gpu}, torch {torch.__version__}", flush=True)
     for settings in all_settings:
         batch = f"{settings.num_envs} x {settings.num_steps} steps"
         print(f"\n{args.script}, {settings.env_id}, {batch}, {flags}", flush=True)
-        measure(args, script, settings)
+        try:
+            measure(args, script, settings)
+        except script.Failure as failure:
+            fail(str(failure))
+        except (RuntimeError, MemoryError) as error:
+            if not script.is_out_of_memory(error):
+                raise
+            fail("out of memory: smaller --num-envs, --num-steps, --num-eval-envs or --channels would do")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ def test_a_run_and_its_end(tmp_path):
     [
         ("--backgrounds 9 -- --env-id fruitbot", "--backgrounds must be at most 8 for fruitbot, not 9"),
         ("-- --env-id chaser", "--env-id: chaser has only one background"),
+        ("-- --exp_name=mine", "--exp-name is not for the flags of the script"),
         ("-- --num-levels 0", "--num-levels must not be 0 here: leave it out for all levels"),
     ],
 )

@@ -466,6 +466,9 @@ def test_labels():
     assert figures.label_of("ppo_procgen") == "PPO"
     assert figures.label_of("mdspo_procgen+wide") == "MDSPO, wide"
     assert figures.label_of("my_own") == "my_own"
+    data = pd.DataFrame({"algorithm": ["_mine"]})
+    labels = figures.name_algorithms(data, figures.Args(paths=(ROOT,)))
+    assert not labels["_mine"].startswith("_")  # matplotlib's legends leave such out
 
 
 @pytest.mark.parametrize("options", [{"games": ("maze",)}, {"algorithms": (PPO,)}])
@@ -511,6 +514,8 @@ BAD = [  # what is written on the command line beside the runs, and words that t
     ("RUNS --games pong", ["--games", "pong", "bigfish, starpilot"]),
     ("RUNS --algorithms a2c", ["--algorithms", "a2c", MDPO]),
     ("RUNS --labels A", ["--labels", "--algorithms"]),
+    (f"RUNS --algorithms {PPO} --labels $\\lambd$", ["--labels", "lambd", "no formula"]),
+    (f"RUNS --algorithms {PPO} --labels a\x07", ["--labels", "printed"]),
     (f"RUNS --algorithms {PPO} {MDPO} --labels A A", ["--labels", "differ"]),
     ("RUNS --distribution-mode easy", ["--distribution-mode", "easy", "hard"]),
     ("RUNS --distribution-mode medium", ["--distribution-mode", "medium"]),

@@ -73,7 +73,9 @@ BAD = {
     "ppo_procgen --iterations=0": "--iterations",
     "ppo_procgen --warmup x": "--warmup",
     "ppo_procgen --gamma 2": "--gamma",
-    "ppo_procgen --games bigfish chess": "--env-id",
+    "ppo_procgen --games bigfish chess": "--games must be some of bigfish",
+    "ppo_procgen --resume auto": "--resume",
+    "ppo_procgen --pretrained-encoder agent.pt": "--pretrained-encoder",
     "ppo_procgen --games": "--games",
     "ppo_procgen --no-such-flag 1": "--no-such-flag",
 }
@@ -86,6 +88,14 @@ def test_bad_input(words, tmp_path, monkeypatch, capsys):
         run_here(monkeypatch, *words.split())
     assert BAD[words] in error_message(stop.value.code, *capsys.readouterr())
     assert not list(tmp_path.iterdir())
+
+
+def test_more_memory_than_there_is(monkeypatch, capsys):
+    """Of 15 petabytes."""
+    with pytest.raises(SystemExit) as stop:
+        run_here(monkeypatch, "ppo_procgen", "--num-steps=20000000", "--total-timesteps=6000000000")
+    assert stop.value.code == 2
+    assert "error: out of memory: smaller --num-envs" in capsys.readouterr().err
 
 
 @pytest.mark.slow
