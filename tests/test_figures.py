@@ -11,6 +11,7 @@ os.environ["MPLBACKEND"] = "agg"
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from common import ROOT, error_message
