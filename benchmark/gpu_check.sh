@@ -5,8 +5,8 @@
 #     benchmark/gpu_check.sh [LOG [tests|bench]]
 #
 # Run it in the repository, with all requirements installed. The second argument runs only that half; each is
-# meant for 10 minutes, which is not measured yet. The table is the last thing that it prints, and the exit
-# status is 0 only if all went well.
+# meant for 10 minutes, which is not measured yet. At the end it prints the table and what failed, and the
+# exit status is 0 only if all went well.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 log=${1:-gpu_check.log} half=${2:-both}
