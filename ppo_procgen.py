@@ -72,6 +72,7 @@ class Range(NamedTuple):
 Count = Annotated[int, Range(1, 2**31 - 1)]
 CountOrZero = Annotated[int, Range(0, 2**31 - 1)]
 Environments = Annotated[int, Range(1, 2**16)]
+Episodes = Annotated[int, Range(2, 2**31 - 1)]  # one has no standard error
 Threads = Annotated[int, Range(0, 2**10)]
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(1e-9, 1e9)]
@@ -83,7 +84,7 @@ class Args:
     env_id: str = "bigfish"  # one of the 16 games of Procgen
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: CountOrZero = 1  # of networks, actions, minibatches and environments
-    total_timesteps: int = 50_000_000  # environment steps
+    total_timesteps: int = 50_000_000  # environment steps, in whole iterations
     learning_rate: Positive = 5e-4  # of Adam
     num_envs: Environments = 64  # parallel environments
     num_steps: Count = 256  # steps in each environment between two updates
@@ -101,13 +102,13 @@ class Args:
     num_levels: CountOrZero = 500  # training levels, 0 for all there are
     start_level: CountOrZero = 0  # first training level
     distribution_mode: str = "hard"  # easy or hard, for some games also extreme or memory
-    num_eval_envs: Environments = 64  # test environments, one episode in each
+    num_eval_envs: Environments = 64  # test environments; a test on the way is one episode in each
     eval_interval: CountOrZero = 50  # iterations between tests on the full distribution, 0 for no tests
-    final_eval_episodes: Annotated[int, Range(2, 2**31 - 1)] = 512  # of the last test, on each kind of levels
+    final_eval_episodes: Episodes = 512  # of the last test, on each kind of levels, or a few more
     checkpoint_interval: Count = 50  # iterations between checkpoints; every 5 minutes there is one anyway
-    resume: str = ""  # run folder or checkpoint to go on from, or auto: the newest run of this name, if any
+    resume: str = ""  # run folder or checkpoint to go on from, or auto: the newest of its game, name, seed
     device: str = "auto"  # cpu, cuda, cuda:N, or auto: CUDA where there is one
-    num_env_threads: Threads = 0  # Procgen's threads, 0 for one a core
+    num_env_threads: Threads = 0  # Procgen's threads for a group of environments, 0 for one a core
     bf16: bool = True  # encoder in bfloat16, on GPUs and processors that have it
     compile: bool = True  # torch.compile loss and acting, on CUDA
     cudagraphs: bool = True  # replay acting and minibatch steps as graphs, on CUDA

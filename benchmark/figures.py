@@ -101,7 +101,7 @@ class Args:
     smooth: Annotated[int, Range(1, 10**6)] = 1
     """running mean over this many logged values, 1 for none"""
     distribution_mode: Literal["hard", "easy"] = "hard"
-    """whose score bounds to use"""
+    """of the runs, and whose score bounds to use"""
     bootstrap: Annotated[int, Range(10, 10**6)] = 2000
     """samples for the intervals"""
     output: Path = Path("figures")
