@@ -104,7 +104,7 @@ class Args:
     processes: Annotated[int, Range(0, 1000)] = 0
     """trainings at a time, 0 for one a core"""
     quick: bool = False
-    """PPO and MDPO, two seeds, 1 and 8 of 32 renderings, a part of the steps: about seven minutes on two cores"""
+    """PPO and MDPO, two seeds, 1 and 8 of 32 renderings, fewer steps: about seven minutes on two cores"""
     output: Path = Path("theory")
     """folder for the trainings, the tables and the figures"""
 
