@@ -176,10 +176,10 @@ def draw_diagram(axis, pictures: list[np.ndarray]):
     axis.axis("off")
     draw_agent(axis, 1.9, pictures[0], number=1, peer=2)
     draw_agent(axis, 8.1, pictures[1], number=2, peer=1)
-    draw_arrow(axis, (6.5, 2.8), (3.5, 2.8), BLUE)
-    draw_arrow(axis, (3.5, 2.0), (6.5, 2.0), BLUE)
-    write(axis, 5, 3.2, divergence(2, 1), fontsize=11, color=BLUE)
-    write(axis, 5, 1.6, divergence(1, 2), fontsize=11, color=BLUE)
+    draw_arrow(axis, (6.5, 2.8), (3.5, 2.8), ORANGE)
+    draw_arrow(axis, (3.5, 2.0), (6.5, 2.0), ORANGE)
+    write(axis, 5, 3.2, divergence(2, 1), fontsize=11, color=ORANGE)
+    write(axis, 5, 1.6, divergence(1, 2), fontsize=11, color=ORANGE)
 
 
 def draw_agent(axis, center: float, picture: np.ndarray, number: int, peer: int):
@@ -193,7 +193,7 @@ def draw_agent(axis, center: float, picture: np.ndarray, number: int, peer: int)
     write(axis, center - 0.9, 3.82, "sees", color=GREY)
     write(axis, center + 0.9, 3.82, "acts", color=GREY)
     box = FancyBboxPatch((center - 1.4, 1.7), 2.8, 1.4, "round, pad=0.1")
-    box.set(facecolor="white", edgecolor=BLUE, linewidth=2)
+    box.set(facecolor="white", edgecolor=ORANGE, linewidth=2)
     axis.add_patch(box)
     write(axis, center, 2.4, f"agent {number}\npolicy $\\pi_{number}$")
     write(axis, center, 0.95, "minimises")
@@ -228,8 +228,8 @@ def draw_robustness(axis, table: pd.DataFrame):
     errors = table["kl_standard_error"]
     left = positions - 0.2
     right = positions + 0.2
-    axis.bar(left, means.PPO, 0.38, color=ORANGE, label="PPO")
-    axis.bar(right, means.MDPO, 0.38, color=BLUE, label="MDPO")
+    axis.bar(left, means.PPO, 0.38, color=BLUE, label="PPO")
+    axis.bar(right, means.MDPO, 0.38, color=ORANGE, label="MDPO")
     axis.errorbar(left, means.PPO, errors.PPO, fmt="none", color="black")
     axis.errorbar(right, means.MDPO, errors.MDPO, fmt="none", color="black")
     names = ["random\nconvolution", "colour\njitter", "another\nbackground"]
@@ -240,7 +240,8 @@ def draw_robustness(axis, table: pd.DataFrame):
     axis.set_title("how far a policy changes\nwhen only the picture changes")
     axis.grid(axis="y")
     axis.set_axisbelow(True)
-    axis.legend(title="starpilot, 507,904 steps,\n2 runs each", alignment="left")
+    title = "starpilot, 507,904 steps,\n2 runs each, ± standard\nerror over states"
+    axis.legend(title=title, alignment="left")
 
 
 # A training that was killed and resumed.
