@@ -265,6 +265,9 @@ def print_plan(runs: list[Run], args: Args):
 def train(run: Run, output: Path, log: Path) -> tuple[int, str]:
     """A Ray task: runs the script to its end. Returns its exit status and its last line. Raises
     ChildProcessError, upon which Ray tries again, if a signal killed it."""
+    with contextlib.suppress(ValueError):  # in a thread that gets no signals anyway
+        # By this Ray cancels. It is ignored if a script has started the sweep in its background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("ab") as file:
         lock(file)
         file.write(f"\nstarted on {socket.gethostname()}: {shlex.join(run.command)}\n".encode())

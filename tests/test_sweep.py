@@ -343,7 +343,10 @@ def test_train_a_script_that_fails(tmp_path):
         sweep.train(run, tmp_path, log)
 
 
-def test_train_is_cancelled(tmp_path):
+@pytest.mark.parametrize(
+    "handler", [signal.default_int_handler, signal.SIG_IGN], ids=["in a terminal", "in a script's background"]
+)
+def test_train_is_cancelled(handler, tmp_path):
     """As Ray does it, by a KeyboardInterrupt: the script has the time to save."""
     text = """
 import os, signal, sys, time
@@ -357,8 +360,12 @@ os.kill(os.getppid(), signal.SIGINT)
 time.sleep(60)
 """
     run, log = make_run(tmp_path, text)
-    with pytest.raises(KeyboardInterrupt):
-        sweep.train(run, tmp_path, log)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sweep.train(run, tmp_path, log)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert log.read_text().endswith("ready\nsaved\n")
 
 
