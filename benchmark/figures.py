@@ -417,7 +417,10 @@ def add_legend(figure, labels: list[str]):
             handles[label] = handle
     drawn = [label for label in labels if label in handles]
     lines = [handles[label] for label in drawn]
-    figure.legend(lines, drawn, loc="outside upper center", ncols=4, frameon=False)
+    longest = max(map(len, drawn), default=0)
+    inches = 0.5 + 0.075 * longest  # about, with its line
+    columns = max(1, min(4, int(figure.get_figwidth() / inches)))
+    figure.legend(lines, drawn, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def returns_of(data: pd.DataFrame, labels: dict[str, str]) -> tuple[dict, set]:

@@ -197,6 +197,16 @@ def test_only_what_is_there_is_in_the_legend(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["PPO", "MDPO"]
 
 
+@pytest.mark.parametrize("names", [("a", "b"), [f"{PPO}+of_the_data_of_{i}_agents" for i in range(6)]])
+def test_the_legend_fits_into_the_figure(names, tmp_path):
+    for name in names:
+        write_run(tmp_path, f"maze__{name}__1__1", [{TEST: line(1.0)}])
+    _, figure = draw(load(tmp_path), TEST, algorithms=tuple(names))
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+
+
 def test_files(runs, tmp_path, monkeypatch):
     run_main(monkeypatch, runs, "--output", tmp_path / "new/f", "--bootstrap", 50)
     names = {"training_return", "test_return", "generalization_gap", "aggregate"}
