@@ -130,7 +130,7 @@ Sample = Annotated[int, Range(2, 2**16)]  # one has no standard error
 @dataclass
 class Args:
     checkpoints: tuple[str, ...] = ()  # agent.pt files; a folder stands for all agent.pt in it
-    labels: tuple[str, ...] = ()  # one for each of --checkpoints, for tables and pictures; else the algorithm
+    labels: tuple[str, ...] = ()  # one for each of --checkpoints; else the algorithm, and its variant
     tests: tuple[str, ...] = tuple(TESTS)  # of random-conv, color-jitter, rendering, return
     num_states: Sample = 100  # observations of each game, as many from each checkpoint's play
     num_copies: Number = 10  # perturbed copies of each observation
@@ -310,14 +310,14 @@ def read_torch(path: Path, flag: str, keys: set[str]) -> dict:
 
 def read_agent(path: Path, label: str, device) -> Checkpoint:
     """The agent of an agent.pt, on the device. Failure if the file is anything else. Without a label it gets
-    that of its algorithm."""
+    default_label."""
     content = read_torch(path, "--checkpoints", {"script", "args", "agent"})
     try:
         settings = content["args"]
         game = Game(settings["env_id"], settings["distribution_mode"])
         channels = settings["channels"]
         known = game.env_id in MODES.get(game.distribution_mode, [])
-        label = label or content["script"].removesuffix("_procgen").upper()
+        label = label or default_label(content["script"], settings.get("exp_name", ""))
     except (AttributeError, KeyError, TypeError) as error:
         raise Failure(f"--checkpoints cannot read {path}: it is no agent.pt of a training script") from error
     if not known:
@@ -337,6 +337,13 @@ def read_agent(path: Path, label: str, device) -> Checkpoint:
     if not policy_logits(agent, white).isfinite().all():
         raise Failure(f"--checkpoints: the weights in {path} are too large to compute with")
     return Checkpoint(str(path), label, game, agent.to(device))
+
+
+def default_label(script: str, exp_name: str) -> str:
+    """PPO; of ppo_procgen+wide, as benchmark/sweep.py names a variant, "PPO, wide"."""
+    algorithm = script.removesuffix("_procgen").upper()
+    before, _, variant = exp_name.partition("+")
+    return f"{algorithm}, {variant}" if before == script and variant else algorithm
 
 
 def find_agents(folder: Path) -> list[Path]:

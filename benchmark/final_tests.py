@@ -147,20 +147,22 @@ def run_of(checkpoint: Path) -> str:
 
 
 def correlation_table(agents: pd.DataFrame, robustness: pd.DataFrame) -> str:
-    """Of one game: rank correlation of each distance with the gap, over the agents of all algorithms. Prints
-    which agents are not in the table of robustness."""
+    """Of one game: rank correlation of each distance with each of the MEASURES, over the agents of all
+    algorithms. Prints which agents are not in the table of robustness."""
     joined = agents.merge(robustness, on="run")
     if joined.empty:
         return "No agent of --robustness has a final test here.\n"
     for run in sorted(set(agents.run) - set(joined.run)):
         print(f"left out of what follows on robustness: {run}, which is not in --robustness")
-    rows = [["perturbation", "agents", "seeds", *DISTANCES.values()]]
+    titles = [f"{distance}, {measure}" for distance in DISTANCES.values() for measure in MEASURES.values()]
+    rows = [["perturbation", "agents", "seeds", *titles]]
     for perturbation, group in joined.groupby("perturbation", sort=False):
         trainings = [training for _, training in group.groupby(["algorithm", "seed"])]
         row = [perturbation, str(len(group)), str(len(trainings))]
-        for name in DISTANCES:
-            pairs = [(training[name].to_numpy(), training.gap.to_numpy()) for training in trainings]
-            row.append(str(correlation_interval(pairs)))
+        for distance in DISTANCES:
+            for measure in MEASURES:
+                columns = [training[[distance, measure]].to_numpy().T for training in trainings]
+                row.append(str(correlation_interval(columns)))
         rows.append(row)
     return markdown(rows)
 
@@ -208,7 +210,8 @@ def make_tables(agents: pd.DataFrame, labels: dict[str, str], robustness: pd.Dat
             distances = distance_table(of_game, robustness, labels)
             parts.append(f"How much the policy changes:\n\n{distances}")
             correlations = correlation_table(of_game, robustness)
-            parts.append(f"Rank correlation of the change of the policy with the gap:\n\n{correlations}")
+            title = "Rank correlation of the change of the policy with the returns and the gap"
+            parts.append(f"{title}:\n\n{correlations}")
     intervals = "Student's for means, Welch's for differences, by bootstrap for correlations"
     parts.append(f"In parentheses 95 % intervals over seeds: {intervals}.\n")
     return "\n".join(parts)

@@ -240,7 +240,7 @@ def draw_robustness(axis, table: pd.DataFrame):
     axis.set_title("how far a policy changes\nwhen only the picture changes")
     axis.grid(axis="y")
     axis.set_axisbelow(True)
-    title = "starpilot, 507,904 steps,\n2 runs each, ± standard\nerror over states"
+    title = "starpilot, 507,904 steps,\n2 runs each, ± std. error"
     axis.legend(title=title, alignment="left")
 
 

@@ -147,7 +147,8 @@ def test_run_folders(tmp_path, capsys):
 
 
 def test_rank_correlation_of_robustness(curves, tmp_path, capsys):
-    """A point for each agent. Gaps: PPO's 6 and 12; MDPO's 11, 9, 22 and 18."""
+    """A point for each agent. Gaps: PPO's 6 and 12; MDPO's 11, 9, 22 and 18. Returns on test levels: 4 and 8;
+    9, 11, 18 and 22."""
     distances = {
         name_run(PPO, 1): 0.1,
         name_run(PPO, 2): 0.4,
@@ -159,15 +160,20 @@ def test_rank_correlation_of_robustness(curves, tmp_path, capsys):
     }
     path = write_robustness(tmp_path / "robustness.csv", distances)
     _, rows = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
-    assert rows[-2] == ["perturbation", "agents", "seeds", "KL", "total variation"]
+    measures = ["training levels", "full distribution", "gap"]
+    titles = [f"{distance}, {measure}" for distance in ("KL", "total variation") for measure in measures]
+    assert rows[-2] == ["perturbation", "agents", "seeds", *titles]
     assert rows[-1][:3] == ["random-conv", "6", "4"]
-    assert rows[-1][3:] == ["1.000 (nan to nan)"] * 2  # four seeds
+    assert rows[-1][5] == rows[-1][8] == "1.000 (nan to nan)"  # four seeds
+    differences = [1 - 1, 4 - 2, 3 - 3, 2 - 4, 6 - 5, 5 - 6]  # of ranks
+    expected = 1 - 6 * sum(each**2 for each in differences) / (6 * 35)
+    assert rows[-1][4] == rows[-1][7] == f"{expected:.3f} (nan to nan)"
     distances[name_run(PPO, 1)] = 0.7
     write_robustness(path, distances)
     _, rows = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
     differences = [6 - 1, 3 - 4, 2 - 3, 1 - 2, 5 - 6, 4 - 5]  # of ranks
     expected = 1 - 6 * sum(each**2 for each in differences) / (6 * 35)
-    assert rows[-1][3] == f"{expected:.3f} (nan to nan)"
+    assert rows[-1][5] == f"{expected:.3f} (nan to nan)"
     del distances[name_run(PPO, 1)]
     write_robustness(path, distances)
     text, _ = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")

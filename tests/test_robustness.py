@@ -1088,6 +1088,21 @@ def test_every_agent_once_by_game(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("exp_name", "label"),
+    [
+        ("mdpo_procgen", "MDPO"),
+        ("mdpo_procgen+wide", "MDPO, wide"),
+        ("a+b", "MDPO"),
+        ("mdpo_procgen+", "MDPO"),
+    ],
+)
+def test_variants_of_a_sweep_are_told_apart(exp_name, label, tmp_path):
+    path = save_agent(tmp_path / "agent.pt", make_agent(), "mdpo_procgen", exp_name=exp_name, **STARPILOT)
+    assert robust.read_agent(path, "", CPU).label == label
+    assert robust.read_agent(path, "mine", CPU).label == "mine"
+
+
 def test_games_widths_modes_and_labels_in_one_call(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     wide = make_agent(2, (8, 4, 6))
