@@ -1305,7 +1305,8 @@ def evaluate_from_shell():
     """What is wrong with a file, a disk or the memory is one line, with exit status 2."""
     threading.excepthook = pass_over_writer_errors
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # what it has no letters for is no error
+        if hasattr(stream, "reconfigure"):  # not where the shell has closed it
+            stream.reconfigure(errors="backslashreplace")  # what it has no letters for is no error
     signal.signal(signal.SIGINT, end_by_signal)
     signal.signal(signal.SIGTERM, end_by_signal)
     try:

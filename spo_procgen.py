@@ -868,9 +868,8 @@ class CudaGraph:
                 return self.function(x)
         except torch.OutOfMemoryError:
             raise
-        except torch._dynamo.exc.TorchDynamoException as error:
-            way_out = f"--resume {self.run_dir} --no-compile would do"
-            raise Failure(f"torch.compile failed: {first_line(error)}; {way_out}") from error
+        except torch._dynamo.exc.TorchDynamoException:  # of torch.compile
+            raise
         except RuntimeError as error:
             print(f"CUDA graphs are off: {first_line(error)}", flush=True)
             self.off = True
@@ -1461,10 +1460,13 @@ def run_or_say_why():
     except OSError as error:
         message = f"{error.filename or 'cannot write'}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            smaller = "smaller --num-envs, --num-steps, --num-eval-envs or --channels"
+            message = f"out of memory: {smaller}, or more --num-minibatches, would do"
+        elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            message = f"torch.compile failed: {first_line(error)}; --no-compile would do"
+        else:
             raise
-        smaller = "smaller --num-envs, --num-steps, --num-eval-envs or --channels"
-        message = f"out of memory: {smaller}, or more --num-minibatches, would do"
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -96,7 +96,8 @@ def clear_errors():
     """What the user can mend ends the process with one line and exit status 2, Ctrl-C with exit status 130. A
     letter that the terminal does not have is no error."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # not where the shell has closed it
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except Failure as failure:

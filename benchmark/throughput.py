@@ -9,6 +9,7 @@ the benchmark's go to the script. against_cleanrl.py measures whole runs.
 
 import importlib
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -254,7 +255,7 @@ def measure_games(args: Args, rest: list[str]):
         try:
             measure(args, script, settings)
         except script.Failure as failure:
-            fail(str(failure))
+            fail(re.sub(r"--resume \S+ ", "", str(failure)))  # the run is none
         except (RuntimeError, MemoryError) as error:
             if not script.is_out_of_memory(error):
                 raise

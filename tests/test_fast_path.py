@@ -22,15 +22,18 @@ from common import (
     ROOT,
     SINGLE,
     TINY,
+    get_handlers,
     load_agent,
     make_agents,
     make_batch,
     make_probes,
     read_curves,
     run_folder,
+    set_handlers,
 )
 from procgen import ProcgenGym3Env
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import TorchDynamoException
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 TWO_SCRIPTS = [SINGLE[0], MUTUAL[0]]
@@ -309,19 +312,30 @@ def test_without_a_compiler_the_run_goes_on(two, backend, plain_runs, tmp_path, 
 
 
 def test_a_loss_that_does_not_compile_ends_the_run(two, tmp_path):
-    """Where a small function has compiled: the failure says how to go on."""
+    """Where a small function has compiled: it is no reason to go on without graphs."""
 
     def compile_small_graphs(graph, inputs):
         if len(graph.graph.nodes) > 10:
             raise RuntimeError("too large\nand more that nobody reads")
         return graph
 
-    with imitation.fast_path_of_cuda(two, compile_small_graphs), pytest.raises(two.Failure) as failure:
+    with imitation.fast_path_of_cuda(two, compile_small_graphs), pytest.raises(TorchDynamoException):
         train(two, tmp_path)
-    message = str(failure.value)
-    run_dir = run_folder(tmp_path).relative_to(tmp_path)
-    assert message.startswith("torch.compile failed: ")
-    assert message.endswith(f"too large; --resume {run_dir} --no-compile would do")
+
+
+def test_what_does_not_compile_is_said(two, monkeypatch, capsys):
+    def fail(*inputs):
+        raise TorchDynamoException("backend='inductor' raised:\nno such kernel\nand more that nobody reads")
+
+    monkeypatch.setattr(two, "parse_args", lambda: None)
+    monkeypatch.setattr(two, "main", fail)
+    handlers = get_handlers()
+    with pytest.raises(SystemExit) as stop:
+        two.run_or_say_why()
+    set_handlers(handlers)
+    assert stop.value.code == 2
+    line = "error: torch.compile failed: backend='inductor' raised: no such kernel; --no-compile would do\n"
+    assert capsys.readouterr().err == f"{two.__name__}.py: {line}"
 
 
 @pytest.mark.parametrize("calls", [0, 3], ids=["warm-up", "capture"])
