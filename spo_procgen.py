@@ -1441,13 +1441,14 @@ def main(args: Args, stop: Stop | None = None):
 
 
 def run_from_shell():
-    """What is wrong with a file, a disk or the memory is one line, with exit status 2."""
+    """With output that may end before the run does."""
     threading.excepthook = pass_over_writer_errors
     with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
         run_or_say_why()
 
 
 def run_or_say_why():
+    """What is wrong with a file, a disk or the memory is one line, with exit status 2."""
     stop = Stop()
     stop.catch_signals()
     try:

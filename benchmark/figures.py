@@ -29,11 +29,11 @@ import numpy as np
 import pandas as pd
 import tyro
 from helpers import Range, check_folder, check_ranges, fail, replacing, run_tool
-from matplotlib.cbook import is_math_text
-from matplotlib.mathtext import MathTextParser
 from rliable import library, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
+
+from robustness_eval import check_label
 
 TRAIN = "charts/episodic_return"
 TEST = "charts/test_episodic_return"
@@ -120,19 +120,6 @@ class Args:
             check_label(label)
         if self.csv and self.csv.name in ("", ".."):
             raise ValueError(f"--csv must end in a file's name, not be {self.csv}")
-
-
-def check_label(label: str):
-    """Raises ValueError if no picture can show it."""
-    if not label.isprintable():
-        raise ValueError(f"--labels must be text that can be printed, not {label!a}")
-    if is_math_text(label):
-        try:
-            MathTextParser("path").parse(label)
-        except ValueError as error:
-            reason = str(error).strip().splitlines()[-1]
-            message = f"--labels: {label} is no formula: {reason}; \\$ is a dollar"
-            raise ValueError(message) from error
 
 
 def check_paths(paths: tuple[Path, ...]):
