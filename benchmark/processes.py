@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -9,6 +10,7 @@ from multiprocessing import get_context
 
 import torch
 from helpers import fail
+from launch import PR_SET_PDEATHSIG
 from threadpoolctl import threadpool_limits
 
 
@@ -17,7 +19,11 @@ def process_pool(processes: int):
     """A ProcessPoolExecutor whose processes are forks, so that they share what is in memory: no thread of
     torch's may run before. None of them outlives this process, or its `with`. Failure if one is killed."""
     context = get_context("fork")
-    with ProcessPoolExecutor(processes, context, begin_process) as pool:
+    parent = os.getpid()
+    with ProcessPoolExecutor(processes, context, begin_process, [parent]) as pool:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until a process can take it
+        pool.submit(int)  # the first job starts all processes
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             yield pool
         except BrokenProcessPool:
@@ -26,8 +32,11 @@ def process_pool(processes: int):
             pool.shutdown(cancel_futures=True)
 
 
-def begin_process():
+def begin_process(parent: int):
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # the parent ended before it could have been noticed
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback of its own
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(1)
     threadpool_limits(1)  # numpy's
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback of its own
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the parent is no more

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,6 +23,7 @@ import mdpo_procgen
 sys.path.insert(0, str(ROOT / "benchmark"))
 import toy_example
 from helpers import Failure, run_tool
+from processes import begin_process
 from toy_example import Batch, Settings
 
 # Who copies whom.
@@ -572,6 +574,15 @@ def test_no_process_outlives_the_tool(number, tmp_path):
     while any(process.exists() for process in processes):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_process_whose_parent_has_ended_ends():
+    """Also if that was before it could ask to be told."""
+    for parent, expected in [(os.getpid(), 0), (os.getppid(), 1)]:
+        process = get_context("fork").Process(target=begin_process, args=[parent])
+        process.start()
+        process.join()
+        assert process.exitcode == expected
 
 
 # The errors.
