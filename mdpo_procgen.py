@@ -1208,6 +1208,8 @@ def read_encoder(args: Args) -> tuple[tuple[int, int, int], dict]:
     """Channels and weights of the encoder in an agent.pt of any of the scripts. Failure if --channels says
     otherwise."""
     path = args.pretrained_encoder
+    if Path(path).is_dir():
+        raise Failure(f"--pretrained-encoder: {path} is a folder: an agent.pt in it would do")
     content = read_torch(Path(path), "--pretrained-encoder", {"script", "args", "agent"})
     weights = {}
     try:

@@ -175,6 +175,7 @@ def test_bad_files(kind, source, tmp_path):
     assert message.startswith("--pretrained-encoder")
     assert str(path) in message
     assert "\n" not in message
+    assert ("an agent.pt in it would do" in message) == (kind == "a folder")
     assert not (tmp_path / "runs").exists()
 
 
