@@ -15,8 +15,9 @@ All checkpoints of a game see the same observations o of test levels and the sam
     rendering      o' draws the state of o otherwise: another background, none, monochrome (definition 3.6)
     return         whole episodes on the full distribution, played from o' instead of o
 
-Measured are KL( pi(.|o) || pi(.|o') ), the total variation distance, how often the greedy action changes, and
-the share of the return that is kept. A policy that ignores its input scores 0, 0, 0 and 1.
+Measured are KL( pi(.|o) || pi(.|o') ), the total variation distance, how often the greedy action changes, how
+far the encoder's output moves, and the share of the return that is kept. A policy that ignores its input
+scores 0, 0, 0, 0 and 1.
 
     python robustness_eval.py --checkpoints runs/*ppo_procgen*/agent.pt runs/*mdpo_procgen*
 
@@ -98,7 +99,11 @@ MEASURES = {
     "kl": "KL(clean ‖ perturbed), nats",
     "tv": "total variation distance",
     "action_changes": "share of greedy actions that change",
+    "encoding_shift": "encoding: distance to the copy, in distances between states",
 }
+
+# What `compare` gives, in this order.
+COMPARED = ["kl", "tv", "action_changes", "entropy", "encoding_shift"]
 
 NUM_ACTIONS = 15
 SHOWN_COPIES = 9  # of one observation, in the picture of the copies
@@ -750,33 +755,62 @@ def divergences(clean_logits, logits):
     return torch.stack([kl, tv, changes.double(), entropy])
 
 
+class Clean(NamedTuple):
+    """What an agent makes of the states themselves."""
+
+    encodings: torch.Tensor  # float32 (number of states, 256)
+    logits: torch.Tensor  # float64 (number of states, 15)
+    distance: torch.Tensor  # between the encodings of two states: root mean square, float64 ()
+
+
+@torch.no_grad()
+def encode(agent: Agent, obs):
+    """The encoder's output, float32 (B, 256), at obs, (B, 64, 64, 3)."""
+    images = obs.permute(0, 3, 1, 2) / 255
+    return agent.encoder(images)
+
+
+@torch.no_grad()
+def logits_at(agent: Agent, encodings):
+    """Of the policy, float64 (B, 15), as policy_logits has them."""
+    return agent.actor(encodings).double()
+
+
+def look_at_states(setup: Setup, agent: Agent, states: States) -> Clean:
+    chunks = states.obs.split(setup.args.chunk_size)
+    encodings = torch.cat([encode(agent, obs.to(setup.device)) for obs in chunks])
+    variance = encodings.double().var(dim=0).sum()
+    distance = (2 * variance).sqrt()
+    return Clean(encodings, logits_at(agent, encodings), distance)
+
+
+def measure_copies(agent: Agent, clean: Clean, indices, obs):
+    """The COMPARED at copies obs of the states with these indices: float64 (5, B)."""
+    encodings = encode(agent, obs)
+    logits = logits_at(agent, encodings)
+    moved = (encodings - clean.encodings[indices]).double().norm(dim=-1)
+    shift = moved / clean.distance.clamp_min(1e-12)  # 0, not nan, if all encodings are the same
+    return torch.cat([divergences(clean.logits[indices], logits), shift[None]])
+
+
 def compare(name: str, setup: Setup, agents: list[Agent], states: States) -> np.ndarray:
-    """The divergences of each agent on the same copies: (number of agents, 4, number of states, copies)."""
+    """The COMPARED of each agent on the same copies: (number of agents, 5, number of states, copies)."""
     num_states = len(states.obs)
     copies = count_copies(name, setup.game, setup.args.num_copies)
-    clean_logits = []
-    for agent in agents:
-        logits = logits_of_states(setup, agent, states)
-        clean_logits.append(logits.repeat_interleave(copies, dim=0))
+    clean = [look_at_states(setup, agent, states) for agent in agents]
     chunks = []
     done = 0
     with progress_bar(setup.game, name, num_states * copies, "copy") as bar:
         for obs in perturbed_copies(name, setup, states, copies):
+            indices = torch.arange(done, done + len(obs)) // copies
             of_agents = []
-            for agent, clean in zip(agents, clean_logits):
-                logits = policy_logits(agent, obs)
-                of_agents.append(divergences(clean[done : done + len(obs)], logits))
+            for agent, of_states in zip(agents, clean):
+                of_agents.append(measure_copies(agent, of_states, indices, obs))
             chunks.append(torch.stack(of_agents).cpu())
             done += len(obs)
             bar.update(len(obs))
     values = torch.cat(chunks, dim=-1).numpy()
     return values.reshape(len(agents), -1, num_states, copies)
-
-
-def logits_of_states(setup: Setup, agent: Agent, states: States):
-    chunks = states.obs.split(setup.args.chunk_size)
-    logits = [policy_logits(agent, obs.to(setup.device)) for obs in chunks]
-    return torch.cat(logits)
 
 
 def standard_error(samples: np.ndarray) -> float:
@@ -858,10 +892,10 @@ def chosen_perturbations(game: Game, args: Args) -> list[str]:
 
 
 def summarize_measures(values: np.ndarray) -> dict:
-    """Of what `compare` gives for some agents: the summary of each measure, and of the entropy."""
+    """Of what `compare` gives for some agents: the summary of each of the COMPARED."""
     num_agents, _, num_states, copies = values.shape
     row = {"agents": num_agents, "states": num_states, "copies": copies}
-    for i, measure in enumerate([*MEASURES, "entropy"]):
+    for i, measure in enumerate(COMPARED):
         for key, value in summarize(values[:, i]).items():
             row[f"{measure}_{key}"] = value
     return row
@@ -950,6 +984,7 @@ HEADINGS = [
     "between agents",
     "total variation",
     "greedy action changes, %",
+    "encoding shift",
     "return",
     "kept, %",
 ]
@@ -993,6 +1028,7 @@ def table_cells(row: dict) -> list[str]:
     cells.append(mean_and_error(row["tv_mean"], row["tv_standard_error"]))
     changes = percent(row["action_changes_mean"])
     cells.append(mean_and_error(changes, percent(row["action_changes_standard_error"])))
+    cells.append(mean_and_error(row["encoding_shift_mean"], row["encoding_shift_standard_error"]))
     if "return_clean" not in row:
         return [*cells, "-", "-"]
     cells.append(f"{significant(row['return_clean'])} → {significant(row['return_perturbed'])}")
@@ -1003,7 +1039,7 @@ def table_cells(row: dict) -> list[str]:
 
 def markdown(rows: list[dict]) -> str:
     """The table for a paper: a line for each perturbation and label. ± is one standard error."""
-    lines = [HEADINGS, ["---"] * 3 + ["---:"] * 9]
+    lines = [HEADINGS, ["---"] * 3 + ["---:"] * 10]
     for row in rows:
         if row["checkpoint"] == "all":
             lines.append(table_cells(row))
@@ -1044,7 +1080,6 @@ def draw_copies(names: list[str], setup: Setup, state: States) -> Figure:
     return figure
 
 
-@torch.no_grad()
 def embed(name: str, setup: Setup, agents: list[Agent], state: States, copies: int) -> np.ndarray:
     """t-SNE of what the encoders make of one observation and its copies, in one embedding, the observation
     first: (number of agents, 1 + copies, 2)."""
@@ -1053,8 +1088,7 @@ def embed(name: str, setup: Setup, agents: list[Agent], state: States, copies: i
     points = []
     for agent in agents:
         for obs in chunks:
-            images = obs.permute(0, 3, 1, 2) / 255
-            points.append(agent.encoder(images))
+            points.append(encode(agent, obs))
     points = torch.cat(points).cpu().numpy()
     perplexity = min(30, (len(points) - 1) / 3)  # what t-SNE allows for few points
     tsne = TSNE(perplexity=perplexity, init="random", random_state=setup.args.seed)
@@ -1106,8 +1140,8 @@ def draw_scores(rows: list[dict]) -> Figure:
         panels["return_kept"] = "share of the clean return that is kept"
     names = list(dict.fromkeys(row["perturbation"] for row in rows))
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    figure = Figure(figsize=(11, 7.5), dpi=100, layout="constrained")
-    axes = figure.subplots(2, 2).flat
+    figure = Figure(figsize=(14, 7.5), dpi=100, layout="constrained")
+    axes = figure.subplots(2, 3).flat
     for axis, (measure, title) in zip(axes, panels.items()):
         draw_bars(axis, measure, names, labels, rows)
         axis.set_title(title)

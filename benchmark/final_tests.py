@@ -26,7 +26,11 @@ MEASURES = {  # columns of find_agents, and what the tables call them
     "test": "full distribution",
     "gap": "gap",
 }
-DISTANCES = {"kl_mean": "KL", "tv_mean": "total variation"}  # columns of robustness_eval.py's table
+DISTANCES = {  # columns of robustness_eval.py's results.csv
+    "kl_mean": "KL",
+    "tv_mean": "total variation",
+    "encoding_shift_mean": "encoding shift",
+}
 
 
 @dataclass
@@ -154,16 +158,15 @@ def correlation_table(agents: pd.DataFrame, robustness: pd.DataFrame) -> str:
         return "No agent of --robustness has a final test here.\n"
     for run in sorted(set(agents.run) - set(joined.run)):
         print(f"left out of what follows on robustness: {run}, which is not in --robustness")
-    titles = [f"{distance}, {measure}" for distance in DISTANCES.values() for measure in MEASURES.values()]
-    rows = [["perturbation", "agents", "seeds", *titles]]
+    rows = [["perturbation", "change", "agents", "seeds", *MEASURES.values()]]
     for perturbation, group in joined.groupby("perturbation", sort=False):
         trainings = [training for _, training in group.groupby(["algorithm", "seed"])]
-        row = [perturbation, str(len(group)), str(len(trainings))]
-        for distance in DISTANCES:
+        for distance, title in DISTANCES.items():
+            row = [perturbation, title, str(len(group)), str(len(trainings))]
             for measure in MEASURES:
                 columns = [training[[distance, measure]].to_numpy().T for training in trainings]
                 row.append(str(correlation_interval(columns)))
-        rows.append(row)
+            rows.append(row)
     return markdown(rows)
 
 

@@ -48,10 +48,10 @@ def write(path, rows: list[tuple]):
 
 def write_robustness(path, distances: dict[str, float]):
     """A table of robustness_eval.py, of agents whose policies change by so much."""
-    rows = [("random-conv", "all", 3.0, 3.0)]
+    rows = [("random-conv", "all", 3.0, 3.0, 3.0)]
     for run, distance in distances.items():
-        rows.append(("random-conv", f"somewhere/{run}/agent.pt", distance, distance / 2))
-    columns = ["perturbation", "checkpoint", "kl_mean", "tv_mean"]
+        rows.append(("random-conv", f"somewhere/{run}/agent.pt", distance, distance / 2, 1 - distance))
+    columns = ["perturbation", "checkpoint", "kl_mean", "tv_mean", "encoding_shift_mean"]
     pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
     return path
 
@@ -160,20 +160,30 @@ def test_rank_correlation_of_robustness(curves, tmp_path, capsys):
     }
     path = write_robustness(tmp_path / "robustness.csv", distances)
     _, rows = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
-    measures = ["training levels", "full distribution", "gap"]
-    titles = [f"{distance}, {measure}" for distance in ("KL", "total variation") for measure in measures]
-    assert rows[-2] == ["perturbation", "agents", "seeds", *titles]
-    assert rows[-1][:3] == ["random-conv", "6", "4"]
-    assert rows[-1][5] == rows[-1][8] == "1.000 (nan to nan)"  # four seeds
+    *_, head, kl, tv, shift = rows
+    assert head == [
+        "perturbation",
+        "change",
+        "agents",
+        "seeds",
+        "training levels",
+        "full distribution",
+        "gap",
+    ]
+    assert kl[:4] == ["random-conv", "KL", "6", "4"]
+    assert tv[1] == "total variation"
+    assert kl[6] == tv[6] == "1.000 (nan to nan)"  # four seeds
     differences = [1 - 1, 4 - 2, 3 - 3, 2 - 4, 6 - 5, 5 - 6]  # of ranks
     expected = 1 - 6 * sum(each**2 for each in differences) / (6 * 35)
-    assert rows[-1][4] == rows[-1][7] == f"{expected:.3f} (nan to nan)"
+    assert kl[5] == tv[5] == f"{expected:.3f} (nan to nan)"
+    assert shift[1] == "encoding shift"
+    assert shift[6] == "-1.000 (nan to nan)"
     distances[name_run(PPO, 1)] = 0.7
     write_robustness(path, distances)
     _, rows = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
     differences = [6 - 1, 3 - 4, 2 - 3, 1 - 2, 5 - 6, 4 - 5]  # of ranks
     expected = 1 - 6 * sum(each**2 for each in differences) / (6 * 35)
-    assert rows[-1][5] == f"{expected:.3f} (nan to nan)"
+    assert rows[-3][6] == f"{expected:.3f} (nan to nan)"
     del distances[name_run(PPO, 1)]
     write_robustness(path, distances)
     text, _ = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
@@ -201,16 +211,18 @@ def test_robustness_of_algorithms(curves, tmp_path, capsys):
             "seeds",
             "KL",
             "total variation",
+            "encoding shift",
             "KL - PPO's",
             "total variation - PPO's",
+            "encoding shift - PPO's",
         ]
     )
     ppo, mdpo = rows[start + 1 : start + 3]
     half = 12.706 * 0.2
     assert ppo[:4] == ["random-conv", "PPO", "2", f"0.800 ({0.8 - half:.3f} to {0.8 + half:.3f})"]
     assert mdpo[:3] == ["random-conv", "MDPO", "2"]
-    assert [cell.split()[0] for cell in mdpo[3:]] == ["0.300", "0.150", "-0.500", "-0.250"]
-    low, high = (float(word.strip("()")) for word in mdpo[5].split()[1::2])
+    assert [cell.split()[0] for cell in mdpo[3:]] == ["0.300", "0.150", "0.700", "-0.500", "-0.250", "0.500"]
+    low, high = (float(word.strip("()")) for word in mdpo[6].split()[1::2])
     half = 6.188 * (0.2**2 + 0.1**2) ** 0.5
     assert (low, high) == pytest.approx((-0.5 - half, -0.5 + half), abs=0.001)
 
@@ -219,7 +231,14 @@ def test_robustness_without_the_first_algorithm(curves, tmp_path, capsys):
     path = write_robustness(tmp_path / "results.csv", {name_run(MDPO, 1, 1): 0.5})
     words = [curves, "--algorithms", PPO, MDPO, "--robustness", path, "--output", tmp_path / "t.md"]
     text, rows = tables(capsys, *words)
-    assert ["random-conv", "MDPO", "1", "0.500 (nan to nan)", "0.250 (nan to nan)"] in rows
+    assert [
+        "random-conv",
+        "MDPO",
+        "1",
+        "0.500 (nan to nan)",
+        "0.250 (nan to nan)",
+        "0.500 (nan to nan)",
+    ] in rows
     assert "\n\nPPO, to compare with, has no final test here that is in --robustness.\n" in text
 
 
@@ -260,8 +279,14 @@ def test_bad_input(curves, tmp_path, capsys):
         (None, "No such file or directory"),
         ("", "No columns to parse from file"),
         ("run,tag,step,value\n", "in the [columns]"),
-        ("perturbation,checkpoint,kl_mean,tv_mean\nconv,a/agent.pt,many,0.1\n", "could not convert"),
-        ("perturbation,checkpoint,kl_mean,tv_mean\nconv,a/agent.pt,,0.1\n", "could not convert"),
+        (
+            "perturbation,checkpoint,kl_mean,tv_mean,encoding_shift_mean\nconv,a/agent.pt,many,0.1,0.1\n",
+            "could not convert",
+        ),
+        (
+            "perturbation,checkpoint,kl_mean,tv_mean,encoding_shift_mean\nconv,a/agent.pt,,0.1,0.1\n",
+            "could not convert",
+        ),
     ],
 )
 def test_a_file_that_is_no_table_of_robustness(content, reason, curves, tmp_path, capsys):

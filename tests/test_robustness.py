@@ -1,6 +1,7 @@
 """robustness_eval.py: known numbers, Procgen's saved states, pictures, whole runs, faults of users."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -77,21 +78,25 @@ def states():
 class Constant(torch.nn.Module):
     """Ignores its input and prefers action 7 a little. Keeps what it has seen, if told."""
 
-    encoder = torch.nn.Flatten()
-
     def __init__(self, keep: bool = False):
         super().__init__()
         self.keep = keep
         self.num_seen = 0
         self.seen = []
 
+    def encoder(self, images):
+        self.num_seen += len(images)
+        return torch.zeros(len(images), 2)
+
+    def actor(self, encodings):
+        logits = torch.linspace(0, 1, 15).repeat(len(encodings), 1)
+        logits[:, 7] += 1
+        return logits
+
     def forward(self, obs):
-        self.num_seen += len(obs)
         if self.keep:
             self.seen.append(obs.clone())
-        logits = torch.linspace(0, 1, 15).repeat(len(obs), 1)
-        logits[:, 7] += 1
-        return logits, torch.zeros(len(obs))
+        return self.actor(self.encoder(obs)), torch.zeros(len(obs))
 
 
 class Always(torch.nn.Module):
@@ -109,9 +114,11 @@ class Always(torch.nn.Module):
 class Brightness(torch.nn.Module):
     """The mean of the picture, in [0, 1], is the logit of action 0; all others are 0."""
 
-    def forward(self, obs):
-        brightness = obs.double().mean((1, 2, 3)) / 255
-        return torch.nn.functional.pad(brightness[:, None], (0, 14)), torch.zeros(len(obs))
+    def encoder(self, images):
+        return images.double().mean((1, 2, 3))[:, None]
+
+    def actor(self, encodings):
+        return torch.nn.functional.pad(encodings, (0, 14))
 
 
 def kernel(scale: float):
@@ -168,13 +175,15 @@ def test_each_measure_has_its_name(states):
     """Two policies of two actions, one copy."""
     clean = torch.tensor([[0.9, 0.1], [0.9, 0.1]]).log()
     perturbed = torch.tensor([[0.1, 0.9], [0.1, 0.9]]).log()
-    values = robust.divergences(clean, perturbed).numpy()[None, :, :, None]
+    of_policies = robust.divergences(clean, perturbed).numpy()
+    values = np.concatenate([of_policies, [[0.25, 0.75]]])[None, :, :, None]
     row = robust.summarize_measures(values)
     assert (row["agents"], row["states"], row["copies"]) == (1, 2, 1)
     assert row["kl_mean"] == pytest.approx(0.8 * math.log(9), rel=1e-5)
     assert row["tv_mean"] == pytest.approx(0.8, rel=1e-5)
     assert row["action_changes_mean"] == 1
     assert row["entropy_mean"] == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1), rel=1e-5)
+    assert row["encoding_shift_mean"] == 0.5
 
 
 def test_share_of_the_return_by_hand():
@@ -574,30 +583,34 @@ def test_a_policy_that_ignores_its_input_scores_zero(states):
 
 @pytest.mark.parametrize("chunk_size", [5, 64])
 def test_a_policy_that_reads_only_the_brightness_scores_what_a_hand_computes(chunk_size, monkeypatch):
-    """Under half the identity kernel the logit of action 0 halves. Also where a chunk ends amid a state's
-    copies."""
+    """Under half the identity kernel the logit of action 0 halves, and so does the encoding, which is the
+    same number. Also where a chunk ends amid a state's copies."""
     fix_kernel(monkeypatch, 0.5)
     states = random_states()
     states.obs[:] //= torch.arange(1, 5, dtype=torch.uint8)[:, None, None, None]  # none as bright as another
     values = robust.compare("random-conv", make_setup(chunk_size=chunk_size), [Brightness()], states)
-    assert values.shape == (1, 4, 4, 3)
-    for obs, kl, tv, changes in zip(states.obs, *values[0, :3]):
-        clean = obs.double().mean().item() / 255
+    assert values.shape == (1, 5, 4, 3)
+    brightness = states.obs.double().mean((1, 2, 3)).numpy() / 255
+    squares = [(one - other) ** 2 for one, other in itertools.combinations(brightness, 2)]
+    distance = math.sqrt(np.mean(squares))
+    for clean, kl, tv, changes, _, shift in zip(brightness, *values[0]):
         p = math.exp(clean) / (math.exp(clean) + 14)
         q = math.exp(clean / 2) / (math.exp(clean / 2) + 14)
         expected = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
         assert kl == pytest.approx([expected] * 3, rel=1e-4)
         assert tv == pytest.approx([p - q] * 3, rel=1e-4)
         assert changes.tolist() == [0, 0, 0]
+        assert shift == pytest.approx([clean / 2 / distance] * 3, rel=1e-4)
 
 
 def test_identity_kernel_scores_zero(monkeypatch):
     """The clean policy is computed in other batches, so float32 tells them apart."""
     fix_kernel(monkeypatch, 1)
     values = robust.compare("random-conv", make_setup(), [make_agent()], random_states())
-    kl, tv, changes, _ = values[0]
+    kl, tv, changes, _, shift = values[0]
     assert np.abs(kl).max() < 1e-6
     assert tv.max() < 1e-4
+    assert shift.max() < 1e-3
     assert changes.sum() == 0
 
 
@@ -784,14 +797,15 @@ def test_table_by_hand():
     row |= {"kl_mean": 3e-6, "kl_standard_error": 2e-7, "kl_std": 0.25, "kl_spread": None}
     row |= {"tv_mean": 0.125, "tv_standard_error": 0.011}
     row |= {"action_changes_mean": 0.5, "action_changes_standard_error": 0.021}
+    row |= {"encoding_shift_mean": 0.25, "encoding_shift_standard_error": 0.012}
     played = {"return_clean": 4.0, "return_perturbed": 3.0}
     played |= {"return_kept_mean": 0.75, "return_kept_standard_error": 0.05}
     lines = robust.markdown([row | played, row | {"checkpoint": "x.pt"}, row]).splitlines()
     start = "| maze, easy | monochrome | PPO | 1 | 2.50 | 3.00e-06 ± 2.0e-07 | 0.250 | - | 0.125 ± 0.011 "
-    assert lines[2] == start + "| 50.0 ± 2.1 | 4.00 → 3.00 | 75.0 ± 5.0 |"
-    assert lines[3] == start + "| 50.0 ± 2.1 | - | - |"
+    assert lines[2] == start + "| 50.0 ± 2.1 | 0.250 ± 0.012 | 4.00 → 3.00 | 75.0 ± 5.0 |"
+    assert lines[3] == start + "| 50.0 ± 2.1 | 0.250 ± 0.012 | - | - |"
     assert len(lines) == 4
-    assert {line.count("|") for line in lines} == {13}
+    assert {line.count("|") for line in lines} == {14}
 
 
 def test_the_estimate_counts_the_forward_passes(states, monkeypatch):
@@ -914,7 +928,7 @@ def test_picture_of_the_scores():
                 row[f"{measure}_standard_error"] = 0.02 + 0.001 * k
             rows += [row, row | {"checkpoint": "0.pt", "kl_mean": 9.0}]
     figure = robust.draw_scores(rows)
-    assert len(figure.axes) == 4
+    assert len(figure.axes) == 5
     assert render(figure).std() > 10
     for k, axis in enumerate(figure.axes):
         heights = [bar.get_height() for bar in axis.patches]
@@ -925,7 +939,7 @@ def test_picture_of_the_scores():
         row["return_kept_mean"] = None
         row["label"] = f"_{row['label']}"
     figure = robust.draw_scores(rows)
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 4
     assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_A", "_B"]
 
 
@@ -996,7 +1010,7 @@ def check_means(folder, rows: list[dict]):
     events = read_events(folder)
     expected = {}
     for row in rows:
-        for measure in ("kl", "tv", "action_changes", "return_kept"):
+        for measure in ("kl", "tv", "action_changes", "encoding_shift", "return_kept"):
             mean = row.get(f"{measure}_mean")
             if mean is not None:
                 expected[f"starpilot_easy_{measure}/{row['perturbation']}"] = mean
