@@ -99,7 +99,7 @@ MEASURES = {
     "kl": "KL(clean ‖ perturbed), nats",
     "tv": "total variation distance",
     "action_changes": "share of greedy actions that change",
-    "encoding_shift": "encoding: distance to the copy, in distances between states",
+    "encoding_shift": "encoding shift (1: as far as another state)",
 }
 
 # What `compare` gives, in this order.
@@ -110,6 +110,27 @@ SHOWN_COPIES = 9  # of one observation, in the picture of the copies
 TSNE_COPIES = 100  # of one observation, in t-SNE
 GATHERING_ENVS = 64  # at most, in which one agent meets states
 GATHERING_STEPS = 512  # in which it meets them, or more for many states
+
+# Settings of training that agents of one label need not share: of the seed, the machine and the tests.
+MAY_DIFFER = {
+    "exp_name",
+    "seed",
+    "pretrained_encoder",
+    "num_eval_envs",
+    "eval_interval",
+    "final_eval_episodes",
+    "checkpoint_interval",
+    "resume",
+    "device",
+    "num_env_threads",
+    "bf16",
+    "compile",
+    "cudagraphs",
+    "torch_deterministic",
+    "track",
+    "wandb_project_name",
+    "wandb_entity",
+}
 
 # What random numbers are for: each purpose has its own stream.
 FOR_STATES = 0
@@ -279,6 +300,7 @@ class Checkpoint(NamedTuple):
     label: str
     game: Game
     agent: Agent
+    settings: dict  # of its training
 
 
 class Setup(NamedTuple):
@@ -301,7 +323,7 @@ class Failure(Exception):
 
 
 def read_torch(path: Path, flag: str, keys: set[str]) -> dict:
-    """What write_torch wrote, a dict with these keys, on the CPU. Failure if the file is anything else."""
+    """What a training script wrote, a dict with these keys, on the CPU. Failure if it is anything else."""
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -341,7 +363,7 @@ def read_agent(path: Path, label: str, device) -> Checkpoint:
     white = torch.full((1, 64, 64, 3), 255.0)
     if not policy_logits(agent, white).isfinite().all():
         raise Failure(f"--checkpoints: the weights in {path} are too large to compute with")
-    return Checkpoint(str(path), label, game, agent.to(device))
+    return Checkpoint(str(path), label, game, agent.to(device), settings)
 
 
 def default_label(script: str, exp_name: str) -> str:
@@ -378,7 +400,7 @@ def read_agents(args: Args, device) -> dict[Game, list[Checkpoint]]:
         if not paths:
             raise Failure(f"--checkpoints: there is no agent.pt in the folder {given}")
         for path in paths:
-            _, label_before = found.setdefault(path.resolve(), (path, label))
+            _, label_before = found.setdefault(os.path.realpath(path), (path, label))
             if label_before != label:
                 raise Failure(f"--labels: {path} is among the --checkpoints of {label_before} and of {label}")
     games = {}
@@ -386,6 +408,23 @@ def read_agents(args: Args, device) -> dict[Game, list[Checkpoint]]:
         checkpoint = read_agent(path, label, device)
         games.setdefault(checkpoint.game, []).append(checkpoint)
     return games
+
+
+def what_differs(checkpoints: list[Checkpoint]) -> list[str]:
+    """In words, the settings of training in which agents of one label differ."""
+    by_label = {}
+    for checkpoint in checkpoints:
+        by_label.setdefault(checkpoint.label, []).append(checkpoint.settings)
+    lines = []
+    for label, trainings in by_label.items():
+        for name in trainings[0]:
+            values = list(dict.fromkeys(str(settings.get(name)) for settings in trainings))
+            if len(values) > 1 and name not in MAY_DIFFER:
+                flag = "--" + str(name).replace("_", "-")
+                lines.append(
+                    f"{label}: trained with {flag} {' and '.join(values)}; --labels can tell them apart"
+                )
+    return lines
 
 
 def generator(setup: Setup, *purpose: int) -> np.random.Generator:
@@ -708,7 +747,8 @@ class View(NamedTuple):
 
 
 def draw_otherwise(name: str, game: Game, envs: ProcgenGym3Env, rng):
-    """From now on Procgen draws these environments by another rendering, in the levels that follow, too."""
+    """From now on Procgen draws these environments by another rendering. The level after this one has a
+    background of its own again."""
     shifts = draw_shifts(rng, game, envs.num, copies=1).flatten()
     saves = []
     for save, shift in zip(envs.get_state(), shifts):
@@ -1019,7 +1059,8 @@ def percent(share: float | None) -> float | None:
 
 
 def table_cells(row: dict) -> list[str]:
-    cells = [f"{row['env_id']}, {row['distribution_mode']}", row["perturbation"], row["label"]]
+    label = row["label"].replace("|", r"\|")
+    cells = [f"{row['env_id']}, {row['distribution_mode']}", row["perturbation"], label]
     cells.append(str(row["agents"]))
     cells.append(significant(row["entropy_mean"]))
     cells.append(mean_and_error(row["kl_mean"], row["kl_standard_error"]))
@@ -1133,7 +1174,7 @@ def draw_tsne(name: str, setup: Setup, checkpoints: list[Checkpoint], state: Sta
 
 
 def draw_scores(rows: list[dict]) -> Figure:
-    """Bars of the table of one game, with one standard error (the summary of figure 13)."""
+    """Bars of the table of one game (the summary of figure 13)."""
     rows = [row for row in rows if row["checkpoint"] == "all"]
     panels = dict(MEASURES)
     if any(row.get("return_kept_mean") is not None for row in rows):
@@ -1150,8 +1191,15 @@ def draw_scores(rows: list[dict]) -> Figure:
     handles, legends = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, legends, loc="outside lower center", ncols=len(labels))
     game = f"{rows[0]['env_id']}, {rows[0]['distribution_mode']}"
-    figure.suptitle(f"{game}: mean over {rows[0]['states']} states, ± one standard error")
+    samples = f"{rows[0]['states']} states"
+    if "return_kept" in panels:
+        samples += f" or {rows[0]['episodes']} episodes"
+    figure.suptitle(f"{game}: mean over {samples}, ± one standard error, in which other seeds are not")
     return figure
+
+
+def or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def draw_bars(axis, measure: str, names: list, labels: list, rows: list[dict]):
@@ -1162,8 +1210,8 @@ def draw_bars(axis, measure: str, names: list, labels: list, rows: list[dict]):
         errors = []
         for row in rows:
             if row["label"] == label:
-                heights.append(row[f"{measure}_mean"] or 0)
-                errors.append(row[f"{measure}_standard_error"] or 0)
+                heights.append(or_nan(row[f"{measure}_mean"]))
+                errors.append(or_nan(row[f"{measure}_standard_error"]))
         offset = (i - (len(labels) - 1) / 2) * width
         x = np.arange(len(names)) + offset
         axis.bar(x, heights, width, yerr=errors, capsize=3, label=in_legend(label))
@@ -1197,6 +1245,9 @@ def most_varied(states: States) -> States:
 def make_unfinished(folder: Path, log_dir: str) -> tempfile.TemporaryDirectory:
     """The temporary folder, beside `folder`, that the results go to. Failure if there can be none, or no file
     in log_dir, before that costs any work."""
+    log_path = Path(log_dir).absolute()
+    if folder.absolute() in [log_path, *log_path.parents]:
+        raise Failure(f"--log-dir {log_dir} is in --output, which is made when all is done: name another")
     flag = f"--log-dir {log_dir}"
     try:
         if log_dir:
@@ -1209,7 +1260,7 @@ def make_unfinished(folder: Path, log_dir: str) -> tempfile.TemporaryDirectory:
         raise Failure(f"{flag}: {error.strerror}") from error
 
 
-def write_results(results: Path, args: Args, rows: list[dict], table: str, figures: dict[str, Figure]):
+def write_numbers(results: Path, args: Args, rows: list[dict], table: str):
     """Makes the folder `results`."""
     content = {"settings": asdict(args), "results": rows}
     results.mkdir()
@@ -1220,8 +1271,32 @@ def write_results(results: Path, args: Args, rows: list[dict], table: str, figur
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_pictures(results: Path, figures: dict[str, Figure]):
+    """Each as a whole or not at all."""
+    unfinished = results.with_name("unfinished.png")
     for name, figure in figures.items():
-        figure.savefig(results / f"{name}.png")
+        figure.savefig(unfinished)
+        unfinished.replace(results / f"{name}.png")
+
+
+def write_results(results: Path, folder: Path, args: Args, rows: list[dict], scored: list[tuple]) -> Path:
+    """Fills the folder `results` with numbers and pictures and moves it to `folder`. Returns where it is.
+    Failure if that cannot be; if it is for a picture, all that there is gets there."""
+    try:
+        write_numbers(results, args, rows, markdown(rows))
+        try:
+            for of_game in scored:
+                write_pictures(results, draw_game(*of_game))
+        except OSError as error:
+            reason = error.strerror or error
+            raise Failure(f"--output {folder} has the numbers, but not all pictures: {reason}") from error
+        finally:
+            folder = publish(results, folder)
+    except OSError as error:
+        raise Failure(f"--output {folder}: {error.strerror or error}") from error
+    return folder
 
 
 def publish(results: Path, folder: Path) -> Path:
@@ -1265,7 +1340,8 @@ def add_means(writer: SummaryWriter, row: dict):
 
 
 def main(args: Args):
-    """Runs the tests, prints the table and writes the folder, as a whole or not at all."""
+    """Runs the tests, prints the table and writes the folder: the numbers as a whole or not at all, then the
+    pictures. What has been measured is printed, however it ends."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # float32 throughout
     device = find_device(args.device)
@@ -1277,42 +1353,37 @@ def main(args: Args):
     scored = []
     with make_unfinished(folder, args.log_dir) as unfinished:
         announce(games, args, device)
-        for game, checkpoints in games.items():
-            setup = Setup(game, args, device)
-            states = gather_states(setup, [checkpoint.agent for checkpoint in checkpoints])
-            rows_of_game = score(setup, checkpoints, states)
-            rows += rows_of_game
-            scored.append((setup, checkpoints, states, rows_of_game))
-        table = markdown(rows)
-        results = Path(unfinished, "results")
-        figures = {}
         try:
-            for of_game in scored:
-                figures |= draw_game(*of_game)
-            write_results(results, args, rows, table, figures)
-            folder = publish(results, folder)
-        except OSError as error:
-            raise Failure(f"--output {folder}: {error.strerror or error}") from error
-        finally:  # no full disk or picture costs the table, and no closed pipe the files
-            print(f"\n{table}")
+            for game, checkpoints in games.items():
+                setup = Setup(game, args, device)
+                states = gather_states(setup, [checkpoint.agent for checkpoint in checkpoints])
+                rows_of_game = score(setup, checkpoints, states)
+                rows += rows_of_game
+                scored.append((setup, checkpoints, states, rows_of_game))
+            folder = write_results(Path(unfinished, "results"), folder, args, rows, scored)
+        finally:  # nothing costs what has been measured, and no closed pipe the files
+            if rows:
+                print(f"\n{markdown(rows)}")
     if args.log_dir:
-        write_tensorboard(args.log_dir, rows, table, folder)
+        write_tensorboard(args.log_dir, rows, markdown(rows), folder)
     print(f"finished: {folder}")
 
 
 def announce(games: dict[Game, list[Checkpoint]], args: Args, device):
-    """Says about how long it will take, and what cannot be tested."""
+    """Says about how long it will take, what cannot be tested, and what agents of one label do not share."""
     seconds = 0.0
+    notes = []
     for game, checkpoints in games.items():
-        if "rendering" in args.tests and BACKGROUNDS[game.env_id] == 1:
-            print(f"{game.env_id} has no other background")
         seconds += estimate_seconds(Setup(game, args, device), checkpoints)
+        if "rendering" in args.tests and BACKGROUNDS[game.env_id] == 1:
+            notes.append(f"{game.env_id} has no other background")
+        notes += what_differs(checkpoints)
     duration = describe_duration(seconds)
     where = "this CPU" if device.type == "cpu" else "this GPU"
     guess = ""
     if "return" in args.tests:
         guess = ", if episodes are as long as in random play"
-    print(f"{duration} on {where}{guess}", flush=True)
+    print(f"{duration} on {where}{guess}", *notes, sep="\n", flush=True)
 
 
 def end_by_signal(signal_number: int, frame):

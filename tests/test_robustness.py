@@ -57,7 +57,7 @@ def checkpoints(*agents, labels=None):
     labels = labels or "ABCDEF"[: len(agents)]
     made = []
     for i, (label, agent) in enumerate(zip(labels, agents)):
-        made.append(Checkpoint(f"{i}.pt", label, GAME, agent))
+        made.append(Checkpoint(f"{i}.pt", label, GAME, agent, {}))
     return made
 
 
@@ -922,7 +922,7 @@ def test_picture_of_the_scores():
     for i, label in enumerate("AB"):
         for j, name in enumerate(("random-conv", "monochrome")):
             row = {"env_id": "maze", "distribution_mode": "easy", "perturbation": name, "label": label}
-            row |= {"checkpoint": "all", "states": 6}
+            row |= {"checkpoint": "all", "states": 6, "episodes": 3}
             for k, measure in enumerate((*robust.MEASURES, "return_kept")):
                 row[f"{measure}_mean"] = 0.1 + 0.2 * i + 0.05 * j + 0.01 * k
                 row[f"{measure}_standard_error"] = 0.02 + 0.001 * k
@@ -935,6 +935,11 @@ def test_picture_of_the_scores():
         expected = [0.1, 0.15, 0.3, 0.35]
         assert heights == pytest.approx([height + 0.01 * k for height in expected])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["A", "B"]
+    of_b = [row for row in rows if row["label"] == "B"]
+    for row in of_b:
+        row["return_kept_mean"] = row["return_kept_standard_error"] = None
+    heights = [bar.get_height() for bar in robust.draw_scores(rows).axes[-1].patches]
+    assert heights == pytest.approx([0.14, 0.19, math.nan, math.nan], nan_ok=True)
     for row in rows:
         row["return_kept_mean"] = None
         row["label"] = f"_{row['label']}"
@@ -1178,6 +1183,7 @@ class Code:
 
 def spoil(tmp_path):
     """Files that are no agent, by what is wrong with them."""
+    (tmp_path / "circle.pt").symlink_to("circle.pt")
     good = save_agent(tmp_path / "good.pt", make_agent(), **STARPILOT)
     content = torch.load(good, weights_only=True)
     save = {
@@ -1251,6 +1257,8 @@ CASES = [
     ("--checkpoints good.pt --output /proc/x", ["--output /proc/x: "]),
     ("--checkpoints good.pt --log-dir good.pt/x", ["--log-dir good.pt/x: "]),
     ("--checkpoints good.pt --log-dir /proc", ["--log-dir /proc: "]),
+    ("--checkpoints good.pt --output out --log-dir out/tb", ["--log-dir out/tb is in --output"]),
+    ("--checkpoints circle.pt", ["circle.pt", "symbolic links"]),
     ("--checkpoints good.pt --seed -1", ["--seed", "from 0 to"]),
     ("--no-such-flag 1", ["--no-such-flag"]),
 ]
@@ -1324,9 +1332,58 @@ def names_in(folder) -> list[str]:
     return sorted(each.name for each in folder.iterdir())
 
 
-def test_a_run_that_fails_leaves_no_folder(good, monkeypatch, capfd):
-    """Here while the pictures are written. The table is printed all the same."""
+def test_no_picture_costs_the_numbers(good, monkeypatch, capfd):
+    """A full disk does not, nor does an error that nobody has thought of."""
+    files = ["results.csv", "results.json", "table.md"]
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", raising(OSError(28, "No space left on device")))
+    assert run_as_main(monkeypatch, *SHORT) == 2
+    out, err = capfd.readouterr()
+    reason = "has the numbers, but not all pictures: No space left on device"
+    assert err.endswith(f"\nrobustness_eval.py: error: --output out {reason}\n")
+    assert "| starpilot, easy | background | PPO |" in out
+    assert names_in(good / "out") == files
+    monkeypatch.setattr(robust, "draw_scores", raising(KeyError("episodes")))
+    with pytest.raises(KeyError):
+        run_here(*SHORT[:-1], "again")
+    assert names_in(good) == ["again", "good.pt", "out"]
+    assert names_in(good / "again") == files
+
+
+def test_what_agents_of_one_label_do_not_share(good, capsys):
+    settings = {"num_levels": 20, "seed": 1, "device": "cpu"}
+    save_agent(good / "a" / "agent.pt", make_agent(), **STARPILOT | settings)
+    settings = {"num_levels": 200, "seed": 2, "device": "auto"}
+    save_agent(good / "b" / "agent.pt", make_agent(), **STARPILOT | settings)
+    words = ["--checkpoints", "a", "b", *SHORT[2:-1]]
+    run_here(*words, "1")
+    note = "PPO: trained with --num-levels 20 and 200; --labels can tell them apart"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "less than a minute on this CPU"
+    assert lines[1:3] == [note, ""]
+    run_here(*words, "2", "--labels", "A", "B")
+    assert "trained with" not in capsys.readouterr().out
+
+
+def test_what_has_been_measured_is_printed(good, monkeypatch, capsys):
+    """Of the first game, where the second comes to a bad end."""
+    save_agent(good / "z" / "agent.pt", make_agent(), env_id="maze", distribution_mode="easy")
+    score = robust.score
+
+    def score_one_game(setup, *rest):
+        if setup.game.env_id == "maze":
+            raise MemoryError
+        return score(setup, *rest)
+
+    monkeypatch.setattr(robust, "score", score_one_game)
+    with pytest.raises(MemoryError):
+        run_here("--checkpoints", "good.pt", "z", *SHORT[2:])
+    assert "| starpilot, easy | background | PPO |" in capsys.readouterr().out
+    assert names_in(good) == ["good.pt", "z"]
+
+
+def test_a_run_that_fails_leaves_no_folder(good, monkeypatch, capfd):
+    """The table is printed all the same."""
+    monkeypatch.setattr("csv.DictWriter", raising(OSError(28, "No space left on device")))
     assert run_as_main(monkeypatch, *SHORT) == 2
     out, err = capfd.readouterr()
     assert err.endswith("\nrobustness_eval.py: error: --output out: No space left on device\n")
