@@ -319,8 +319,8 @@ class RewardNormalizer:
 
 
 class Batch(NamedTuple):
-    """Columns of what an agent has seen: of a rollout (num_steps + 1, num_envs), of whose rows the last only
-    bootstraps; of an iteration (batch_size,), or of a minibatch (B,)."""
+    """What an agent has seen, as columns of one shape: (num_steps + 1, num_envs) of a rollout, whose last row
+    only bootstraps; (batch_size,) of an iteration; (B,) of a minibatch."""
 
     obs: torch.Tensor  # uint8 (..., *obs_shape)
     actions: torch.Tensor  # int64
@@ -367,8 +367,8 @@ def mutual_kl(peer_logits, logits):
 
 def rl_loss(logits, new_values, mb: Batch, args: Args):
     """policy_loss + vf_coef value_loss - ent_coef entropy, from what the network now says of the minibatch:
-    logits (B, num_actions) and new_values (B,). The minibatch's advantages are normalised. Returns the loss
-    and a dict of metrics, all scalars."""
+    logits (B, num_actions) and new_values (B,). The minibatch's advantages must already be normalised.
+    Returns the loss and a dict of metrics, all scalars."""
     logprobs = logits.log_softmax(-1)
     log_ratio = logprobs.gather(-1, mb.actions[:, None]).squeeze(-1) - mb.logprobs
     ratio = log_ratio.exp()
@@ -531,7 +531,7 @@ DESCRIPTIONS = {
     "losses/approx_kl": "KL of an update, estimated. Small and steady; if it jumps, lower the learning rate.",
     "losses/clipfrac": "Share of ratios further from 1 than clip_coef. Small and steady.",
     "losses/ratio_deviation": "Mean distance of the ratios from 1. Small and steady.",
-    "losses/grad_norm": "Length of the gradient, before it is scaled down to max_grad_norm.",
+    "losses/grad_norm": "Length of the gradient of the mean loss, before it is scaled down to max_grad_norm.",
     "losses/explained_variance": "How much of the return the value explains. Rises towards 1.",
     "losses/mutual_kl": "KL from the peer's policy to the agent's own. Stays small.",
 }
@@ -591,7 +591,8 @@ class Runner:
 
         self.normalizer = RewardNormalizer(args.num_envs, args.gamma)
         self.episodes = np.zeros((2, args.num_envs))  # raw return and length of those under way
-        self.train_return = math.nan  # mean raw return, as last logged, as is the next
+        # The mean raw returns that were logged last.
+        self.train_return = math.nan
         self.test_return = math.nan
         next_step = global_step + 1
         # purge_step hides what a killed process wrote later
@@ -645,8 +646,8 @@ class Runner:
         self.write_scalars(scalars, global_step)
 
     def write_scalars(self, scalars: dict[str, float], global_step: int):
-        """All that are numbers: before the first episode has ended there are none of some. The first point of
-        a curve brings the description, which add_scalar does not take."""
+        """Leaves out nan, as of a return before any episode has ended. The first point of a curve brings the
+        description, which add_scalar does not take."""
         for tag, value in scalars.items():
             if math.isnan(value):
                 continue
@@ -852,7 +853,7 @@ def can_compile(device) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """And the second, if the first only announces it."""
+    """Of its message. With the second, if the first ends in a colon."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -1010,6 +1011,8 @@ def read_torch(path: Path, flag: str, keys: set[str]) -> dict:
             raise ValueError
         return content
     except Exception as error:  # torch has many names for a file that is cut short, or not ours, or code
+        if is_out_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or "it is damaged, or another kind of file"
         raise Failure(f"{flag} cannot read {path}: {reason}") from error
 
@@ -1131,6 +1134,8 @@ class Checkpoints:
             load_optimizer(self.optimizer, checkpoint["optimizer"])
             set_generators(checkpoint["generators"])
         except Exception as error:  # a part is missing, or made with other settings than the file says
+            if is_out_of_memory(error):
+                raise
             reason = first_line(error)
             raise Failure(f"--resume: {self.path} does not fit its settings: {reason}") from error
         self.note(Position(**checkpoint["position"]))
@@ -1366,10 +1371,12 @@ def print_results(results: list[dict]):
         print(line)
 
 
-def save_agent(folder: Path, args: Args, agent: Agent):
-    """Writes agent.pt: the weights, the script and its Args, for torch.load(..., weights_only=True)."""
+def save_agent(folder: Path, args: Args, agent: Agent, global_step: int):
+    """Writes agent.pt: the weights, how many steps made them, the script and its Args, for
+    torch.load(..., weights_only=True)."""
     weights = {name: weight.cpu() for name, weight in agent.state_dict().items()}
-    content = {"script": Path(__file__).stem, "args": asdict(args), "agent": weights}
+    content = {"script": Path(__file__).stem, "args": asdict(args)}
+    content |= {"global_step": global_step, "agent": weights}
     write_torch(folder / "agent.pt", content)
 
 
@@ -1460,7 +1467,7 @@ def main(args: Args, stop: Stop | None = None):
         stop.progress = None
 
     for runner, agent in zip(runners, agents):
-        save_agent(runner.folder, args, agent)
+        save_agent(runner.folder, args, agent, position.global_step)
     if args.eval_interval > 0 and not stopping:
         stopping = not final_test(policies, runners, args, device, stop, position.global_step, run_dir)
     for runner in runners:
@@ -1511,9 +1518,11 @@ def pass_over_writer_errors(why):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """On a CPU PyTorch has no class for it."""
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """By its class or, on a CPU and in CUDA itself, where PyTorch has none for it, by its text."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    texts = ["DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory"]
+    return any(text in str(error) for text in texts)
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ class Checkpoint(NamedTuple):
     label: str
     game: Game
     agent: Agent
-    settings: dict  # of its training
+    training: dict  # its settings, and how many steps were taken
 
 
 class Setup(NamedTuple):
@@ -331,6 +331,8 @@ def read_torch(path: Path, flag: str, keys: set[str]) -> dict:
             raise ValueError
         return content
     except Exception as error:  # torch has many names for a file that is cut short, or not ours, or code
+        if is_out_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or "it is damaged, or another kind of file"
         raise Failure(f"{flag} cannot read {path}: {reason}") from error
 
@@ -363,7 +365,8 @@ def read_agent(path: Path, label: str, device) -> Checkpoint:
     white = torch.full((1, 64, 64, 3), 255.0)
     if not policy_logits(agent, white).isfinite().all():
         raise Failure(f"--checkpoints: the weights in {path} are too large to compute with")
-    return Checkpoint(str(path), label, game, agent.to(device), settings)
+    training = settings | {"global_step": content.get("global_step")}  # older files have none
+    return Checkpoint(str(path), label, game, agent.to(device), training)
 
 
 def default_label(script: str, exp_name: str) -> str:
@@ -411,19 +414,17 @@ def read_agents(args: Args, device) -> dict[Game, list[Checkpoint]]:
 
 
 def what_differs(checkpoints: list[Checkpoint]) -> list[str]:
-    """In words, the settings of training in which agents of one label differ."""
+    """In words, in what the trainings of agents of one label differ."""
     by_label = {}
     for checkpoint in checkpoints:
-        by_label.setdefault(checkpoint.label, []).append(checkpoint.settings)
+        by_label.setdefault(checkpoint.label, []).append(checkpoint.training)
     lines = []
     for label, trainings in by_label.items():
         for name in trainings[0]:
-            values = list(dict.fromkeys(str(settings.get(name)) for settings in trainings))
+            values = list(dict.fromkeys(str(training.get(name)) for training in trainings))
             if len(values) > 1 and name not in MAY_DIFFER:
-                flag = "--" + str(name).replace("_", "-")
-                lines.append(
-                    f"{label}: trained with {flag} {' and '.join(values)}; --labels can tell them apart"
-                )
+                different = " and ".join(values)
+                lines.append(f"{label}: agents differ in {name}, {different}; --labels can tell them apart")
     return lines
 
 
@@ -1401,9 +1402,11 @@ def pass_over_writer_errors(why):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """On a CPU PyTorch has no class for it."""
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """By its class or, on a CPU and in CUDA itself, where PyTorch has none for it, by its text."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    texts = ["DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory"]
+    return any(text in str(error) for text in texts)
 
 
 def evaluate_from_shell():

@@ -209,6 +209,18 @@ def test_damaged_file(stopped, tmp_path, kind):
     assert_untouched(tmp_path, before)
 
 
+@pytest.mark.parametrize("function", ["torch.load", "numpy.random.set_state"])
+def test_a_file_is_not_called_damaged_where_memory_is_short(stopped, tmp_path, monkeypatch, function):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(function, fail)
+    before = snapshot(tmp_path)
+    line = the_line(stopped.name, run(stopped.script, tmp_path, ["--resume", stopped.run_dir]))
+    assert "out of memory" in line
+    assert_untouched(tmp_path, before)
+
+
 def test_the_evil_files_do_run_code(tmp_path, monkeypatch):
     """With a loader that trusts them."""
     monkeypatch.chdir(tmp_path)

@@ -1356,12 +1356,17 @@ def test_what_agents_of_one_label_do_not_share(good, capsys):
     save_agent(good / "b" / "agent.pt", make_agent(), **STARPILOT | settings)
     words = ["--checkpoints", "a", "b", *SHORT[2:-1]]
     run_here(*words, "1")
-    note = "PPO: trained with --num-levels 20 and 200; --labels can tell them apart"
+    note = "PPO: agents differ in num_levels, 20 and 200; --labels can tell them apart"
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "less than a minute on this CPU"
     assert lines[1:3] == [note, ""]
     run_here(*words, "2", "--labels", "A", "B")
-    assert "trained with" not in capsys.readouterr().out
+    assert "differ in" not in capsys.readouterr().out
+    content = torch.load("b/agent.pt", weights_only=True)
+    torch.save(content | {"global_step": 500}, "b/agent.pt")
+    run_here(*words, "3")
+    note = "PPO: agents differ in global_step, None and 500; --labels can tell them apart"
+    assert note in capsys.readouterr().out.splitlines()
 
 
 def test_what_has_been_measured_is_printed(good, monkeypatch, capsys):

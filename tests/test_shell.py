@@ -329,6 +329,7 @@ def test_agent_file(mdpo, trained):
     for saved, agent in zip(trained.saved, trained.agents, strict=True):
         assert saved["script"] == mdpo.name
         assert saved["args"] == asdict(script.Args(**SETTINGS))
+        assert saved["global_step"] == 5 * BATCH_SIZE
         rebuilt = script.Agent(channels=saved["args"]["channels"])
         rebuilt.load_state_dict(saved["agent"])
         assert same(dict(rebuilt.state_dict()), dict(agent.state_dict()))
@@ -877,6 +878,7 @@ def test_more_memory_than_there_is(name, tmp_path):
     [
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
         (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
         (MemoryError(), True),
         (RuntimeError("shapes do not fit"), False),
     ],
