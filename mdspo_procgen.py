@@ -1005,9 +1005,10 @@ def write_json(path: Path, content: dict):
 def read_torch(path: Path, flag: str, keys: set[str]) -> dict:
     """What write_torch wrote, a dict with these keys, on the CPU. Failure if the file is anything else."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if damaged or not isinstance(content, dict) or not keys <= content.keys():
+        if not isinstance(content, dict) or not keys <= content.keys():
             raise ValueError
         return content
     except Exception as error:  # torch has many names for a file that is cut short, or not ours, or code
@@ -1213,7 +1214,7 @@ def read_encoder(args: Args) -> tuple[tuple[int, int, int], dict]:
     """Channels and weights of the encoder in an agent.pt of any of the scripts. Failure if --channels says
     otherwise."""
     path = args.pretrained_encoder
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise Failure(f"--pretrained-encoder: {path} is a folder: an agent.pt in it would do")
     content = read_torch(Path(path), "--pretrained-encoder", {"script", "args", "agent"})
     weights = {}
@@ -1229,6 +1230,8 @@ def read_encoder(args: Args) -> tuple[tuple[int, int, int], dict]:
                 raise ValueError(name)
         finite = all(weight.isfinite().all() for weight in weights.values())
     except Exception as error:  # a part is missing, or its shape is not what the file says
+        if is_out_of_memory(error):
+            raise
         reason = "it has no encoder of the channels that it names"
         raise Failure(f"--pretrained-encoder cannot use {path}: {reason}") from error
     if not finite:
@@ -1242,6 +1245,8 @@ def load_encoder(agent: Agent, weights: dict):
     try:
         agent.encoder.load_state_dict(weights)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         reason = "its encoder does not fit, and may be for pictures of another size"
         raise Failure(f"--pretrained-encoder: {reason}: {first_line(error)}") from error
 

@@ -16,8 +16,8 @@ All checkpoints of a game see the same observations o of test levels and the sam
     return         whole episodes on the full distribution, played from o' instead of o
 
 Measured are KL( pi(.|o) || pi(.|o') ), the total variation distance, how often the greedy action changes, how
-far the encoder's output moves, and the share of the return that is kept. A policy that ignores its input
-scores 0, 0, 0, 0 and 1.
+far the encoder's output moves, and the share of the return that is kept. A policy whose encoder ignores its
+input scores 0, 0, 0, 0 and 1.
 
     python robustness_eval.py --checkpoints runs/*ppo_procgen*/agent.pt runs/*mdpo_procgen*
 
@@ -38,7 +38,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_type_hints
@@ -115,7 +115,6 @@ GATHERING_STEPS = 512  # in which it meets them, or more for many states
 MAY_DIFFER = {
     "exp_name",
     "seed",
-    "pretrained_encoder",
     "num_eval_envs",
     "eval_interval",
     "final_eval_episodes",
@@ -300,7 +299,7 @@ class Checkpoint(NamedTuple):
     label: str
     game: Game
     agent: Agent
-    training: dict  # its settings, and how many steps were taken
+    training: dict  # its settings, script and number of steps, and whether an encoder was given
 
 
 class Setup(NamedTuple):
@@ -325,9 +324,10 @@ class Failure(Exception):
 def read_torch(path: Path, flag: str, keys: set[str]) -> dict:
     """What a training script wrote, a dict with these keys, on the CPU. Failure if it is anything else."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if damaged or not isinstance(content, dict) or not keys <= content.keys():
+        if not isinstance(content, dict) or not keys <= content.keys():
             raise ValueError
         return content
     except Exception as error:  # torch has many names for a file that is cut short, or not ours, or code
@@ -356,6 +356,8 @@ def read_agent(path: Path, label: str, device) -> Checkpoint:
         agent = Agent(NUM_ACTIONS, channels)
         agent.load_state_dict(content["agent"])
     except Exception as error:  # whatever stands for the channels or the weights
+        if is_out_of_memory(error):
+            raise
         lines = str(error).strip().splitlines()
         reason = lines[-1].strip() if lines else type(error).__name__
         raise Failure(f"--checkpoints: the weights in {path} do not fit its settings: {reason}") from error
@@ -365,7 +367,8 @@ def read_agent(path: Path, label: str, device) -> Checkpoint:
     white = torch.full((1, 64, 64, 3), 255.0)
     if not policy_logits(agent, white).isfinite().all():
         raise Failure(f"--checkpoints: the weights in {path} are too large to compute with")
-    training = settings | {"global_step": content.get("global_step")}  # older files have none
+    training = settings | {"script": content["script"], "global_step": content.get("global_step")}
+    training["pretrained_encoder"] = bool(settings.get("pretrained_encoder"))
     return Checkpoint(str(path), label, game, agent.to(device), training)
 
 
@@ -418,13 +421,17 @@ def what_differs(checkpoints: list[Checkpoint]) -> list[str]:
     by_label = {}
     for checkpoint in checkpoints:
         by_label.setdefault(checkpoint.label, []).append(checkpoint.training)
+    game = checkpoints[0].game.env_id
     lines = []
     for label, trainings in by_label.items():
-        for name in trainings[0]:
-            values = list(dict.fromkeys(str(training.get(name)) for training in trainings))
+        names = {name: None for training in trainings for name in training}  # a set that keeps their order
+        for name in names:
+            values = {str(training.get(name, "unknown")): None for training in trainings}
             if len(values) > 1 and name not in MAY_DIFFER:
                 different = " and ".join(values)
-                lines.append(f"{label}: agents differ in {name}, {different}; --labels can tell them apart")
+                lines.append(
+                    f"{game}, {label}: agents differ in {name}, {different}; --labels can tell them apart"
+                )
     return lines
 
 
@@ -748,8 +755,8 @@ class View(NamedTuple):
 
 
 def draw_otherwise(name: str, game: Game, envs: ProcgenGym3Env, rng):
-    """From now on Procgen draws these environments by another rendering. The level after this one has a
-    background of its own again."""
+    """From now on Procgen draws these environments by another rendering. Of `background` that holds until the
+    level ends."""
     shifts = draw_shifts(rng, game, envs.num, copies=1).flatten()
     saves = []
     for save, shift in zip(envs.get_state(), shifts):
@@ -893,8 +900,9 @@ def return_kept(clean: np.ndarray, perturbed: np.ndarray) -> dict[str, float]:
     }
 
 
-def score(setup: Setup, checkpoints: list[Checkpoint], states: States) -> list[dict]:
-    """For each perturbation and label a row of numbers over its checkpoints, then one for each of them."""
+def score(setup: Setup, checkpoints: list[Checkpoint], states: States) -> Iterator[dict]:
+    """Yields for each perturbation and label a row of numbers over its checkpoints, then one for each of
+    them."""
     game, args, _ = setup
     agents = [checkpoint.agent for checkpoint in checkpoints]
     groups = {}
@@ -904,7 +912,6 @@ def score(setup: Setup, checkpoints: list[Checkpoint], states: States) -> list[d
     returns = None
     if "return" in args.tests:
         clean_returns = play_returns("clean", setup, agents)
-    rows = []
     for name in chosen_perturbations(game, args):
         values = compare(name, setup, agents, states)
         if "return" in args.tests:
@@ -919,8 +926,7 @@ def score(setup: Setup, checkpoints: list[Checkpoint], states: States) -> list[d
                 if returns is not None:
                     row["episodes"] = args.num_episodes
                     row |= return_kept(clean_returns[some], returns[some])
-                rows.append(as_plain(row))
-    return rows
+                yield as_plain(row)
 
 
 def chosen_perturbations(game: Game, args: Args) -> list[str]:
@@ -1261,43 +1267,34 @@ def make_unfinished(folder: Path, log_dir: str) -> tempfile.TemporaryDirectory:
         raise Failure(f"{flag}: {error.strerror}") from error
 
 
-def write_numbers(results: Path, args: Args, rows: list[dict], table: str):
-    """Makes the folder `results`."""
+def write_numbers(results: Path, folder: Path, args: Args, rows: list[dict]) -> Path:
+    """Fills the folder `results` and moves it to `folder`, so that they are there as a whole or not at all.
+    Returns where they are. Failure if that cannot be."""
     content = {"settings": asdict(args), "results": rows}
-    results.mkdir()
     any_name = {"encoding": "utf-8", "errors": "surrogateescape"}  # of files, be they UTF-8 or not
-    (results / "table.md").write_text(table, **any_name)
-    (results / "results.json").write_text(json.dumps(content, indent=2))
-    with (results / "results.csv").open("w", newline="", **any_name) as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_pictures(results: Path, figures: dict[str, Figure]):
-    """Each as a whole or not at all."""
-    unfinished = results.with_name("unfinished.png")
-    for name, figure in figures.items():
-        figure.savefig(unfinished)
-        unfinished.replace(results / f"{name}.png")
-
-
-def write_results(results: Path, folder: Path, args: Args, rows: list[dict], scored: list[tuple]) -> Path:
-    """Fills the folder `results` with numbers and pictures and moves it to `folder`. Returns where it is.
-    Failure if that cannot be; if it is for a picture, all that there is gets there."""
     try:
-        write_numbers(results, args, rows, markdown(rows))
-        try:
-            for of_game in scored:
-                write_pictures(results, draw_game(*of_game))
-        except OSError as error:
-            reason = error.strerror or error
-            raise Failure(f"--output {folder} has the numbers, but not all pictures: {reason}") from error
-        finally:
-            folder = publish(results, folder)
+        results.mkdir()
+        (results / "table.md").write_text(markdown(rows), **any_name)
+        (results / "results.json").write_text(json.dumps(content, indent=2))
+        with (results / "results.csv").open("w", newline="", **any_name) as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        return publish(results, folder)
     except OSError as error:
         raise Failure(f"--output {folder}: {error.strerror or error}") from error
-    return folder
+
+
+def write_pictures(folder: Path, unfinished: Path, figures: dict[str, Figure]):
+    """Into the folder of the numbers, each as a whole or not at all: it is `unfinished` before. Failure if it
+    cannot be."""
+    try:
+        for name, figure in figures.items():
+            figure.savefig(unfinished)
+            unfinished.replace(folder / f"{name}.png")
+    except OSError as error:
+        reason = error.strerror or error
+        raise Failure(f"--output {folder} has the numbers, but not all pictures: {reason}") from error
 
 
 def publish(results: Path, folder: Path) -> Path:
@@ -1341,8 +1338,8 @@ def add_means(writer: SummaryWriter, row: dict):
 
 
 def main(args: Args):
-    """Runs the tests, prints the table and writes the folder: the numbers as a whole or not at all, then the
-    pictures. What has been measured is printed, however it ends."""
+    """Runs the tests and writes the folder: the numbers as a whole or not at all, then the pictures. What has
+    been measured is printed, however it ends."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # float32 throughout
     device = find_device(args.device)
@@ -1352,22 +1349,28 @@ def main(args: Args):
     games = read_agents(args, device)
     rows = []
     scored = []
+    written = None  # the folder that has the numbers
     with make_unfinished(folder, args.log_dir) as unfinished:
         announce(games, args, device)
         try:
             for game, checkpoints in games.items():
                 setup = Setup(game, args, device)
                 states = gather_states(setup, [checkpoint.agent for checkpoint in checkpoints])
-                rows_of_game = score(setup, checkpoints, states)
-                rows += rows_of_game
-                scored.append((setup, checkpoints, states, rows_of_game))
-            folder = write_results(Path(unfinished, "results"), folder, args, rows, scored)
+                first = len(rows)
+                for row in score(setup, checkpoints, states):
+                    rows.append(row)
+                scored.append((setup, checkpoints, states, rows[first:]))
+            written = write_numbers(Path(unfinished, "results"), folder, args, rows)
+            for of_game in scored:
+                write_pictures(written, Path(unfinished, "picture.png"), draw_game(*of_game))
         finally:  # nothing costs what has been measured, and no closed pipe the files
             if rows:
                 print(f"\n{markdown(rows)}")
+            if written:
+                print(f"numbers: {written}")
     if args.log_dir:
-        write_tensorboard(args.log_dir, rows, markdown(rows), folder)
-    print(f"finished: {folder}")
+        write_tensorboard(args.log_dir, rows, markdown(rows), written)
+    print(f"finished: {written}")
 
 
 def announce(games: dict[Game, list[Checkpoint]], args: Args, device):

@@ -31,6 +31,7 @@ DISTANCES = {  # columns of robustness_eval.py's results.csv
     "tv_mean": "total variation",
     "encoding_shift_mean": "encoding shift",
 }
+NEW_DISTANCES = ["encoding_shift_mean"]  # which older tables lack
 
 
 @dataclass
@@ -125,11 +126,15 @@ def difference_table(agents: pd.DataFrame, labels: dict[str, str]) -> str:
 
 
 def read_robustness(path: Path) -> pd.DataFrame:
-    """A row for each perturbation of each agent: perturbation, run and the DISTANCES. Failure if it is no
-    such table, or has an agent twice."""
+    """A row for each perturbation of each agent: perturbation, run, and those of the DISTANCES that it has.
+    Failure if it is no table of robustness_eval.py, or has an agent twice."""
     types = {"perturbation": str, "checkpoint": str} | dict.fromkeys(DISTANCES, float)
     try:
-        table = pd.read_csv(path, keep_default_na=False)[list(types)].astype(types)
+        table = pd.read_csv(path, keep_default_na=False)
+        for name in NEW_DISTANCES:
+            if name not in table:
+                del types[name]
+        table = table[list(types)].astype(types)
     except Exception as error:  # pandas has many names for a file that is no such CSV
         reason = str(error).splitlines()[0]
         fail(f"--robustness: {path} is not a table of robustness_eval.py: {reason}")
@@ -140,6 +145,11 @@ def read_robustness(path: Path) -> pd.DataFrame:
     if len(twice) > 0:
         fail(f"--robustness: {path} has {twice.run.iloc[0]} twice")
     return table
+
+
+def distances_in(robustness: pd.DataFrame) -> dict[str, str]:
+    """Those of the DISTANCES that the table has."""
+    return {name: title for name, title in DISTANCES.items() if name in robustness}
 
 
 def run_of(checkpoint: Path) -> str:
@@ -161,7 +171,7 @@ def correlation_table(agents: pd.DataFrame, robustness: pd.DataFrame) -> str:
     rows = [["perturbation", "change", "agents", "seeds", *MEASURES.values()]]
     for perturbation, group in joined.groupby("perturbation", sort=False):
         trainings = [training for _, training in group.groupby(["algorithm", "seed"])]
-        for distance, title in DISTANCES.items():
+        for distance, title in distances_in(robustness).items():
             row = [perturbation, title, str(len(group)), str(len(trainings))]
             for measure in MEASURES:
                 columns = [training[[distance, measure]].to_numpy().T for training in trainings]
@@ -177,8 +187,9 @@ def distance_table(agents: pd.DataFrame, robustness: pd.DataFrame, labels: dict[
     if joined.empty:
         return "No agent of --robustness has a final test here.\n"
     first = next(iter(labels))
-    differences = [f"{name} - {labels[first]}'s" for name in DISTANCES.values()]
-    rows = [["perturbation", "algorithm", "seeds", *DISTANCES.values(), *differences]]
+    distances = distances_in(robustness)
+    differences = [f"{title} - {labels[first]}'s" for title in distances.values()]
+    rows = [["perturbation", "algorithm", "seeds", *distances.values(), *differences]]
     for perturbation, group in joined.groupby("perturbation", sort=False):
         tested = set(group.algorithm)
         for algorithm, label in labels.items():
@@ -186,9 +197,9 @@ def distance_table(agents: pd.DataFrame, robustness: pd.DataFrame, labels: dict[
                 continue
             number = group.seed[group.algorithm == algorithm].nunique()
             row = [perturbation, label, str(number)]
-            for name in DISTANCES:
+            for name in distances:
                 row.append(str(mean_interval(seed_values(group, algorithm, name))))
-            for name in DISTANCES:
+            for name in distances:
                 if algorithm == first or first not in tested:
                     row.append("")
                     continue
@@ -211,9 +222,9 @@ def make_tables(agents: pd.DataFrame, labels: dict[str, str], robustness: pd.Dat
         parts.append(f"Difference from {baseline}:\n\n{difference_table(of_game, labels)}")
         if robustness is not None:
             distances = distance_table(of_game, robustness, labels)
-            parts.append(f"How much the policy changes:\n\n{distances}")
+            parts.append(f"How much policy and encoding change:\n\n{distances}")
             correlations = correlation_table(of_game, robustness)
-            title = "Rank correlation of the change of the policy with the returns and the gap"
+            title = "Rank correlation of that change with the returns and the gap"
             parts.append(f"{title}:\n\n{correlations}")
     intervals = "Student's for means, Welch's for differences, by bootstrap for correlations"
     parts.append(f"In parentheses 95 % intervals over seeds: {intervals}.\n")

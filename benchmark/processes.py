@@ -22,8 +22,10 @@ def process_pool(processes: int):
     parent = os.getpid()
     with ProcessPoolExecutor(processes, context, begin_process, [parent]) as pool:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until a process can take it
-        pool.submit(int)  # the first job starts all processes
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            pool.submit(int)  # the first job starts all processes
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             yield pool
         except BrokenProcessPool:

@@ -227,6 +227,14 @@ def test_robustness_of_algorithms(curves, tmp_path, capsys):
     assert (low, high) == pytest.approx((-0.5 - half, -0.5 + half), abs=0.001)
 
 
+def test_a_table_from_before_the_encoding_shift(curves, tmp_path, capsys):
+    path = write_robustness(tmp_path / "results.csv", {name_run(PPO, 1): 0.6, name_run(PPO, 2): 1.0})
+    pd.read_csv(path).drop(columns="encoding_shift_mean").to_csv(path, index=False)
+    text, rows = tables(capsys, curves, "--robustness", path, "--output", tmp_path / "t.md")
+    assert "encoding shift" not in text
+    assert [row[1] for row in rows[-2:]] == ["KL", "total variation"]
+
+
 def test_robustness_without_the_first_algorithm(curves, tmp_path, capsys):
     path = write_robustness(tmp_path / "results.csv", {name_run(MDPO, 1, 1): 0.5})
     words = [curves, "--algorithms", PPO, MDPO, "--robustness", path, "--output", tmp_path / "t.md"]

@@ -151,6 +151,7 @@ def with_nan(source) -> dict:
 BAD = {
     "missing": lambda path, source: None,
     "a folder": lambda path, source: path.mkdir(),
+    "a name that is too long": lambda path, source: None,
     "text": lambda path, source: path.write_text("weights"),
     "cut short": lambda path, source: path.write_bytes(source.read_bytes()[:20_000]),
     "a tensor": lambda path, source: torch.save(torch.zeros(3), path),
@@ -168,6 +169,8 @@ def test_bad_files(kind, source, tmp_path):
     """One line that names flag and file, and no run folder."""
     script = importlib.import_module(TWO_SCRIPTS[0])
     path = tmp_path / "agent.pt"
+    if kind == "a name that is too long":
+        path = tmp_path / ("x" * 300)
     BAD[kind](path, source)
     with pytest.raises(script.Failure) as failure:
         train(script, tmp_path, **SETTINGS, pretrained_encoder=path)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -64,6 +65,10 @@ def checkpoints(*agents, labels=None):
 def random_states(num: int = 4) -> States:
     torch.manual_seed(5)
     return States(torch.randint(256, (num, 64, 64, 3), dtype=torch.uint8), [b""] * num)
+
+
+def scores(*inputs) -> list[dict]:
+    return list(robust.score(*inputs))
 
 
 def all_copies(name: str, setup: Setup, states: States, copies: int):
@@ -571,7 +576,7 @@ def test_actions_are_samples_of_the_policy():
 
 
 def test_a_policy_that_ignores_its_input_scores_zero(states):
-    rows = robust.score(make_setup(), checkpoints(Constant()), states)
+    rows = scores(make_setup(), checkpoints(Constant()), states)
     assert {row["perturbation"] for row in rows} == set(robust.PERTURBATIONS)
     for row in rows:
         for measure in robust.MEASURES:
@@ -618,7 +623,7 @@ def test_identical_checkpoints_score_identically(states):
     """And others do not; the label's row is over its checkpoints."""
     many = checkpoints(make_agent(1), make_agent(1), make_agent(2), labels="ABB")
     setup = make_setup(tests=("random-conv", "return"), num_episodes=2)
-    rows = robust.score(setup, many, states)
+    rows = scores(setup, many, states)
     numbers = {}
     for row in rows:
         label = row.pop("label")
@@ -644,14 +649,14 @@ def test_each_perturbation_has_its_return(states, monkeypatch):
 
     monkeypatch.setattr(robust, "play_returns", play_returns)
     setup = make_setup(tests=("return", "rendering", "random-conv"))
-    rows = robust.score(setup, checkpoints(Constant()), states)
+    rows = scores(setup, checkpoints(Constant()), states)
     assert [row["perturbation"] for row in rows[::2]] == list(returns)[1:]
     for row in rows:
         assert row["return_clean"] == 8
         assert row["return_perturbed"] == returns[row["perturbation"]]
         assert row["return_kept_mean"] == returns[row["perturbation"]] / 8
         assert row["episodes"] == 3
-    rows = robust.score(make_setup(tests=("random-conv",)), checkpoints(Constant()), states)
+    rows = scores(make_setup(tests=("random-conv",)), checkpoints(Constant()), states)
     assert "return_clean" not in rows[0]
 
 
@@ -819,7 +824,7 @@ def test_the_estimate_counts_the_forward_passes(states, monkeypatch):
         expected = robust.estimate_seconds(setup, checkpoints(*agents))
         assert agents[0].num_seen == 0
         met = robust.gather_states(setup, agents)
-        robust.score(setup, checkpoints(*agents), met)
+        scores(setup, checkpoints(*agents), met)
         counted = agents[0].num_seen + agents[1].num_seen
         assert counted / 1.6 < expected < counted * 1.6
 
@@ -981,7 +986,7 @@ def test_run_from_the_shell(finished):
     out = result.stdout.decode()
     table = (work / "out" / "table.md").read_text()
     estimate = "less than a minute on this CPU, if episodes are as long as in random play"
-    assert out == f"{estimate}\n\n{table}\nfinished: out\n"
+    assert out == f"{estimate}\n\n{table}\nnumbers: out\nfinished: out\n"
     assert "Warning" not in result.stderr.decode()
     assert len(table.splitlines()) == 2 + 1
     assert len({line.count("|") for line in table.splitlines()}) == 1
@@ -1341,10 +1346,14 @@ def test_no_picture_costs_the_numbers(good, monkeypatch, capfd):
     reason = "has the numbers, but not all pictures: No space left on device"
     assert err.endswith(f"\nrobustness_eval.py: error: --output out {reason}\n")
     assert "| starpilot, easy | background | PPO |" in out
+    assert out.endswith("\nnumbers: out\n")
     assert names_in(good / "out") == files
-    monkeypatch.setattr(robust, "draw_scores", raising(KeyError("episodes")))
+    monkeypatch.undo()
+    monkeypatch.chdir(good)
+    monkeypatch.setattr(robust, "draw_game", raising(KeyError("episodes")))
     with pytest.raises(KeyError):
         run_here(*SHORT[:-1], "again")
+    assert capfd.readouterr().out.endswith("\nnumbers: again\n")
     assert names_in(good) == ["again", "good.pt", "out"]
     assert names_in(good / "again") == files
 
@@ -1356,7 +1365,7 @@ def test_what_agents_of_one_label_do_not_share(good, capsys):
     save_agent(good / "b" / "agent.pt", make_agent(), **STARPILOT | settings)
     words = ["--checkpoints", "a", "b", *SHORT[2:-1]]
     run_here(*words, "1")
-    note = "PPO: agents differ in num_levels, 20 and 200; --labels can tell them apart"
+    note = "starpilot, PPO: agents differ in num_levels, 20 and 200; --labels can tell them apart"
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "less than a minute on this CPU"
     assert lines[1:3] == [note, ""]
@@ -1365,25 +1374,37 @@ def test_what_agents_of_one_label_do_not_share(good, capsys):
     content = torch.load("b/agent.pt", weights_only=True)
     torch.save(content | {"global_step": 500}, "b/agent.pt")
     run_here(*words, "3")
-    note = "PPO: agents differ in global_step, None and 500; --labels can tell them apart"
+    note = "starpilot, PPO: agents differ in global_step, None and 500; --labels can tell them apart"
     assert note in capsys.readouterr().out.splitlines()
 
 
+def test_every_difference_of_a_training_is_told():
+    """In whichever order the agents come. The encoders may be of different seeds."""
+    one = {"script": "ppo_procgen", "pretrained_encoder": True, "seed": 1}
+    other = {"script": "mdpo_procgen", "pretrained_encoder": False, "seed": 2, "distill_coef": 1.0}
+    for trainings in ([one, other], [other, one]):
+        agents = [Checkpoint("", "A", GAME, None, training) for training in trainings]
+        names = [re.search(r"differ in (\w+)", line)[1] for line in robust.what_differs(agents)]
+        assert sorted(names) == ["distill_coef", "pretrained_encoder", "script"]
+
+
 def test_what_has_been_measured_is_printed(good, monkeypatch, capsys):
-    """Of the first game, where the second comes to a bad end."""
-    save_agent(good / "z" / "agent.pt", make_agent(), env_id="maze", distribution_mode="easy")
-    score = robust.score
+    """Of the perturbations before that which comes to a bad end."""
+    compare = robust.compare
 
-    def score_one_game(setup, *rest):
-        if setup.game.env_id == "maze":
+    def compare_two(name, *rest):
+        if name == "monochrome":
             raise MemoryError
-        return score(setup, *rest)
+        return compare(name, *rest)
 
-    monkeypatch.setattr(robust, "score", score_one_game)
+    monkeypatch.setattr(robust, "compare", compare_two)
     with pytest.raises(MemoryError):
-        run_here("--checkpoints", "good.pt", "z", *SHORT[2:])
-    assert "| starpilot, easy | background | PPO |" in capsys.readouterr().out
-    assert names_in(good) == ["good.pt", "z"]
+        run_here(*SHORT)
+    out = capsys.readouterr().out
+    assert "| starpilot, easy | background | PPO |" in out
+    assert "| starpilot, easy | no-background | PPO |" in out
+    assert "monochrome" not in out
+    assert names_in(good) == ["good.pt"]
 
 
 def test_a_run_that_fails_leaves_no_folder(good, monkeypatch, capfd):
@@ -1398,13 +1419,13 @@ def test_a_run_that_fails_leaves_no_folder(good, monkeypatch, capfd):
 
 
 def test_results_are_kept_if_another_has_taken_the_name(good, monkeypatch, capsys):
-    draw_game = robust.draw_game
+    gather_states = robust.gather_states
 
-    def draw_and_take_the_name(*inputs):
+    def gather_and_take_the_name(*inputs):
         (good / "out").mkdir()
-        return draw_game(*inputs)
+        return gather_states(*inputs)
 
-    monkeypatch.setattr(robust, "draw_game", draw_and_take_the_name)
+    monkeypatch.setattr(robust, "gather_states", gather_and_take_the_name)
     run_here(*SHORT)
     (folder,) = good.glob("out-*")
     assert (folder / "results.csv").exists()

@@ -581,7 +581,7 @@ def test_a_process_whose_parent_has_ended_ends():
     for parent, expected in [(os.getpid(), 0), (os.getppid(), 1)]:
         process = get_context("fork").Process(target=begin_process, args=[parent])
         process.start()
-        process.join()
+        process.join(60)
         assert process.exitcode == expected
 
 
