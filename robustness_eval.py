@@ -1201,7 +1201,7 @@ def draw_scores(rows: list[dict]) -> Figure:
     samples = f"{rows[0]['states']} states"
     if "return_kept" in panels:
         samples += f" or {rows[0]['episodes']} episodes"
-    figure.suptitle(f"{game}: mean over {samples}, ± one standard error, in which other seeds are not")
+    figure.suptitle(f"{game}: mean ± standard error over {samples}, not over seeds")
     return figure
 
 
