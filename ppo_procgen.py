@@ -974,7 +974,7 @@ def write_json(path: Path, content: dict):
 
 
 def read_torch(path: Path, flag: str, keys: set[str]) -> dict:
-    """What write_torch wrote, a dict with these keys, on the CPU. Failure if the file is anything else."""
+    """What a training script wrote, a dict with these keys, on the CPU. Failure if it is anything else."""
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError
