@@ -557,8 +557,9 @@ def test_no_process_outlives_the_tool(number, tmp_path):
     """Nor does the one that is stopped say a word."""
     command = [sys.executable, str(ROOT / "benchmark" / "toy_example.py"), "--processes", "2"]
     env = os.environ | {"MPLCONFIGDIR": str(tmp_path)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True, **pipes) as tool:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # also in a background
+    with subprocess.Popen(command, cwd=tmp_path, env=env, **options) as tool:
         children = Path(f"/proc/{tool.pid}/task/{tool.pid}/children")
         while len(children.read_text().split()) < 2:
             assert tool.poll() is None
