@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +41,7 @@ TINY = {
     "num_eval_envs": 2,
     "final_eval_episodes": 3,
     "device": "cpu",
+    "bf16": False,
 }
 BATCH_SIZE = 64  # of TINY, so that 500 steps are 7 iterations and 448 steps
 
@@ -50,11 +52,13 @@ BATCH_SIZE = 64  # of TINY, so that 500 steps are 7 iterations and 448 steps
 def flags(**settings) -> list[str]:
     words = []
     for name, value in settings.items():
-        words.append("--" + name.replace("_", "-"))
-        if isinstance(value, tuple):
-            words += map(str, value)
-        else:
-            words.append(str(value))
+        flag = name.replace("_", "-")
+        if value is False:
+            words.append("--no-" + flag)
+            continue
+        words.append("--" + flag)
+        if value is not True:
+            words += map(str, value if isinstance(value, tuple) else [value])
     return words
 
 
@@ -131,18 +135,24 @@ def new_second(folder: Path):
         time.sleep(0.01)
 
 
+def run_as_from_shell(script, stop=None):
+    """What `python script.py` does, with the words of give_words. `stop` takes the place of the signals'."""
+    if stop is None:
+        stop = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, partial(script.handle_signal, stop))
+    script.main(script.parse_args(), stop)
+
+
 def train(script, folder: Path, *words, stop=None) -> int:
-    """A run in this process as from the shell; its exit status. `stop` takes the place of its own."""
+    """A run in this process as from the shell; its exit status."""
     new_second(folder)
     handlers = get_handlers()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         give_words(script, patch, words)
-        patch.setattr(threading, "excepthook", threading.excepthook)  # put back at the end
-        if stop:
-            patch.setattr(script, "Stop", lambda: stop)
         try:
-            script.run_from_shell()
+            run_as_from_shell(script, stop)
         except SystemExit as exit:
             return exit.code
         finally:
@@ -190,7 +200,7 @@ class Fork:
             give_words(script, pytest.MonkeyPatch(), words)
             if prepare:
                 prepare()
-            script.run_from_shell()
+            run_as_from_shell(script)
             status = 0
         except SystemExit as exit:
             status = exit.code
@@ -236,15 +246,15 @@ def train_straight(name: str, folder: Path, settings: dict) -> SimpleNamespace:
     """A run in this process without a stop. A copy of each checkpoint is kept: {iteration: path}."""
     script = importlib.import_module(name)
     checkpoints = {}
-    save = script.Checkpoints.save
+    save_checkpoint = script.save_checkpoint
 
-    def save_and_copy(self, position):
-        save(self, position)
-        copy = shutil.copy(self.path, folder / f"{position.iteration}.pt")
-        checkpoints[position.iteration] = Path(copy)
+    def save_and_copy(run_dir, args, *state):
+        save_checkpoint(run_dir, args, *state)
+        iteration = state[-1] // args.batch_size
+        checkpoints[iteration] = shutil.copy(run_dir / "checkpoint.pt", folder / f"{iteration}.pt")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.Checkpoints, "save", save_and_copy)
+        patch.setattr(script, "save_checkpoint", save_and_copy)
         assert train(script, folder, *flags(**settings)) == 0
     run = SimpleNamespace(name=name, script=script, settings=settings)
     run.run_dir = run_folder(folder)
@@ -301,14 +311,14 @@ def save_agent(path: Path, agent, script="ppo_procgen", **settings) -> Path:
     args = {"env_id": "fruitbot", "distribution_mode": "hard", "channels": (4, 4, 4)}
     args |= {"exp_name": script, "seed": 1}
     args |= settings
-    content = {"script": script, "args": args, "agent": agent.state_dict()}
+    content = {"script": script, "args": args, "global_step": 0, "agent": agent.state_dict()}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
     return path
 
 
-def iteration_of(run_dir: Path) -> int:
-    return load(run_dir / "checkpoint.pt")["position"]["iteration"]
+def step_of(run_dir: Path) -> int:
+    return load(run_dir / "checkpoint.pt")["global_step"]
 
 
 def read_events(folder: Path) -> EventAccumulator:
@@ -361,7 +371,7 @@ def differences(name: str, run_dir: Path, other: Path, num_agents: int = 2) -> l
     for folder, other_folder in zip(folders, other_folders, strict=True):
         agent = load_agent(folder / "agent.pt")
         other_agent = load_agent(other_folder / "agent.pt")
-        for key in ("script", "args", "agent"):
+        for key in ("script", "args", "global_step", "agent"):
             if not same(agent[key], other_agent[key]):
                 found.append(f"agent's {key}")
         points = read_points(folder)
