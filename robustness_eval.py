@@ -104,7 +104,7 @@ class Args:
     num_copies: int = 10  # perturbed copies of each observation
     num_episodes: int = 32  # of the return test, without and with each perturbation
     seed: int = 1  # of states, perturbations and episodes
-    output: Path | None = None  # folder to make, else robustness/{unix_time}
+    output: Path | None = None  # folder to make, else robustness/{unix_time}-{process}
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
 
     def __post_init__(self):
@@ -119,6 +119,8 @@ class Args:
             raise ValueError("--checkpoints needs agent.pt files, or folders that hold some")
         if self.labels and len(self.labels) != number:
             raise ValueError(f"--labels needs one for each of {number} --checkpoints, not {len(self.labels)}")
+        if self.output and self.output.exists():
+            raise ValueError(f"--output {self.output} exists: name a new folder")
         if set(self.tests) <= {"return"}:
             raise ValueError("--tests needs one beside return, which plays the perturbations of the others")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -170,9 +172,11 @@ def read_agent(path: Path) -> Checkpoint:
     """The agent of an agent.pt, on the CPU. ValueError, a line that names the file, if it is anything else or
     of another number of actions, or other pictures."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        file = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many names for a file that is cut short, or not ours, or code
         raise ValueError(f"cannot read {path}: it is damaged, or another kind of file") from error
     needed = {"script", "args", "agent"}
@@ -640,8 +644,8 @@ def summarize_all(policies: list[Policy], members: list[int], values: dict, retu
     row = {
         "trainings": len(set(trainings)),
         "agents": len(members),
-        "seed": distinct([checkpoint.args.get("seed") for checkpoint in checkpoints]),
-        "global_step": distinct([checkpoint.global_step for checkpoint in checkpoints]),
+        "seed": distinct([checkpoint.args.get("seed", "unknown") for checkpoint in checkpoints]),
+        "global_step": distinct([checkpoint.global_step or "unknown" for checkpoint in checkpoints]),
         "states": num_states,
         "copies": copies,
     }
@@ -739,9 +743,9 @@ def draw_tsne(name: str, copies: int, setup: Setup, policies: list[Policy], stat
         axis.plot(x[0], y[0], "*", markersize=18, markeredgecolor="black", **style)
     handles, labels = axis.get_legend_handles_labels()
     by_label = dict(zip(labels, handles))
-    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center")
-    axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
-    axis.set_title(f"{setup.game}: encodings of one observation, {copies} copies by {name}")
+    figure.legend(by_label.values(), by_label.keys(), loc="outside right upper")
+    axis.set_title(f"{setup.game}: encodings of one observation and {copies} copies", fontsize=10)
+    axis.set(xlabel=f"t-SNE 1, {name}", ylabel="t-SNE 2", xticks=[], yticks=[])
     return figure
 
 
@@ -753,7 +757,7 @@ def draw_scores(game: Game, rows: list[dict]) -> Figure:
     width = 0.8 / len(labels)
     figure = Figure(figsize=(14, 7.5), dpi=100, layout="constrained")
     axes = figure.subplots(2, 3).flat
-    for axis, measure in zip(axes, measures_of(rows[0])):
+    for measure, axis in zip(measures_of(rows[0]), axes):
         for i, label in enumerate(labels):
             of_label = [row for row in rows if row["label"] == label]
             heights = np.array([row[f"{measure}_mean"] for row in of_label], float)  # None becomes nan
@@ -772,15 +776,17 @@ def draw_scores(game: Game, rows: list[dict]) -> Figure:
 
 
 def draw_game(setup: Setup, policies: list[Policy], states: States, rows: list[dict]):
-    """The pictures of one game, {name: Figure}. The observation in them is the one that varies most, so that
+    """The pictures of one game, {name: Figure}, those of one observation of the one that varies most, so that
     it is not all dark."""
     variation = states.obs.flatten(1).float().std(dim=1)
     i = variation.argmax().item()
     state = States(states.obs[[i]], [states.saves[i]])
-    figures = {"copies": draw_copies(setup, state), "scores": draw_scores(setup.game, rows)}
+    game = "_".join(setup.game)
+    figures = {f"copies_{game}": draw_copies(setup, state), f"scores_{game}": draw_scores(setup.game, rows)}
     for name, copies in count_copies(setup, TSNE_COPIES).items():
-        if copies > 1 and "tsne" not in figures:
-            figures["tsne"] = draw_tsne(name, copies, setup, policies, state)
+        if copies > 1:
+            figures[f"tsne_{game}"] = draw_tsne(name, copies, setup, policies, state)
+            break
     return figures
 
 
@@ -803,15 +809,15 @@ def write_results(folder: Path, args: Args, rows: list[dict]):
 
 
 def main(args: Args):
-    """Runs the tests and fills the folder: with the numbers after each perturbation, with pictures after each
-    game. What is wrong with --checkpoints or --output is one line, with exit status 2."""
+    """Runs the tests and fills the folder: with the numbers after each perturbation, with the pictures at the
+    end. What is wrong with --checkpoints or --output is one line, with exit status 2."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # float32 throughout
     matplotlib.rcParams["text.parse_math"] = False  # a $ in a label is a dollar
     device = torch.device("cpu")
     if args.device != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")
-    folder = args.output or Path(f"robustness/{int(time.time())}")
+    folder = args.output or Path(f"robustness/{int(time.time())}-{os.getpid()}")
     flag = "--checkpoints"
     try:
         games = read_policies(args, device)
@@ -821,6 +827,7 @@ def main(args: Args):
         print(f"robustness_eval.py: error: {flag}: {error}", file=sys.stderr)
         sys.exit(2)
     rows = []
+    to_draw = []
     for game, policies in games.items():
         for label, checkpoint in policies:
             steps = checkpoint.global_step or "an unknown number of"
@@ -833,9 +840,13 @@ def main(args: Args):
             write_results(folder, args, rows + of_game)
             print(f"{game}, {new_rows[0]['perturbation']}: numbers in {folder}", flush=True)
         rows += of_game
-        for kind, figure in draw_game(setup, policies, states, of_game).items():
-            figure.savefig(folder / f"{kind}_{game.env_id}_{game.distribution_mode}.png")
-    print(f"\n{markdown(rows)}\nfinished: {folder}")
+        to_draw.append((setup, policies, states, of_game))
+    print(f"\n{markdown(rows)}")
+    for of_game in to_draw:
+        figures = draw_game(*of_game)
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png")
+    print(f"finished: {folder}")
 
 
 if __name__ == "__main__":
