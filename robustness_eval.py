@@ -213,23 +213,18 @@ def training_of(path: Path) -> Path:
     return folder.parent if folder.name.startswith("agent_") else path.resolve()
 
 
-def find_agents(given: Path) -> list[Path]:
-    """All agent.pt in a folder and below it, sorted; of a file itself. ValueError if there are none."""
-    if not given.is_dir():
-        return [given]
-    paths = sorted(given.rglob("agent.pt"))
-    if not paths:
-        raise ValueError(f"there is no agent.pt in the folder {given}")
-    return paths
-
-
 def read_policies(args: Args, device) -> dict[Game, list[Policy]]:
     """All agents that --checkpoints names, by game, in the order of the command line. One that is found twice
     under one label counts once. ValueError for a file that does not fit."""
     labels = args.labels or [""] * len(args.checkpoints)
     found = {}
     for given, label in zip(args.checkpoints, labels):
-        for path in find_agents(given):
+        paths = [given]
+        if given.is_dir():
+            paths = sorted(given.rglob("agent.pt"))
+        if not paths:
+            raise ValueError(f"there is no agent.pt in the folder {given}")
+        for path in paths:
             found.setdefault((path.resolve(), label), path)
     games = {}
     for (_, label), path in found.items():

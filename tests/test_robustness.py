@@ -120,12 +120,12 @@ def kernel(scale: float):
     return weights
 
 
-def fix_kernel(monkeypatch, scale: float):
-    """Every copy is under this kernel. Returns the list of the numbers of kernels that are drawn."""
+def fix_kernel(monkeypatch, scale: float) -> list:
+    """Every copy is under this kernel. Returns a list of how many are drawn, with a number by their rng."""
     draws = []
 
     def draw(rng, num):
-        draws.append(num)
+        draws.append((num, rng.integers(2**60)))
         return kernel(scale).expand(num, -1, -1, -1, -1)
 
     monkeypatch.setitem(robust.PIXELS, "random-conv", (draw, robust.random_conv))
@@ -222,14 +222,6 @@ def test_kernels_are_standard_gaussian():
     assert abs((draws**4).mean() - 3) < 0.1
 
 
-def test_neutral_parameters_change_nothing():
-    obs = random_states().obs
-    same = robust.random_conv(obs, kernel(1).expand(4, -1, -1, -1, -1))
-    torch.testing.assert_close(same, obs.float(), rtol=0, atol=1e-3)
-    same = robust.color_jitter(obs, torch.tensor([1.0, 1, 1, 0]).expand(4, 4))
-    torch.testing.assert_close(same, obs.float(), rtol=0, atol=1e-3)
-
-
 def jitter_of_two_colors(colors: np.ndarray, brightness, contrast, saturation, thirds: int) -> np.ndarray:
     """Of a picture that is half the one and half the other, (2, 3) in [0, 1]; the hue turns by thirds."""
     luma = np.array([0.299, 0.587, 0.114])
@@ -271,16 +263,6 @@ def test_jitter_of_two_colors(factors):
     expected = 255 * jitter_of_two_colors(colors / 255, brightness, contrast, saturation, thirds)
     assert out[0, 5, 5].numpy() == pytest.approx(expected[0], abs=1e-2)
     assert out[0, 60, 60].numpy() == pytest.approx(expected[1], abs=1e-2)
-
-
-def test_hue_turns_about_the_grey_axis():
-    """By any angle: what is grey stays, lengths stay, and the hue of red is turned by so much."""
-    rotation = robust.hue_rotation(torch.tensor([[[0.1]]]))[0]
-    assert rotation.sum(dim=1).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
-    torch.testing.assert_close(rotation @ rotation.T, torch.eye(3), rtol=0, atol=1e-6)
-    assert rotation.trace().item() == pytest.approx(1 + 2 * math.cos(0.2 * math.pi), abs=1e-6)
-    red, green, blue = rotation[:, 0].tolist()
-    assert red > green > blue
 
 
 def test_jitter_is_drawn_over_its_ranges():
@@ -378,7 +360,7 @@ def test_number_of_copies():
 
 @pytest.mark.parametrize("name", ["random-conv", "color-jitter", *RENDERINGS])
 def test_copies_are_shown_after_the_observation(name, states):
-    """All different, but for a background that hides nothing; another seed draws others."""
+    """All different."""
     setup = make_setup()
     copies = robust.count_copies(setup, 12)[name]
     shown = list(robust.show_copies(name, setup, states, copies))
@@ -387,12 +369,6 @@ def test_copies_are_shown_after_the_observation(name, states):
         assert seen.shape == (1 + copies, 64, 64, 3)
         assert torch.equal(seen[0], obs)
         assert len({image.numpy().tobytes() for image in seen}) == 1 + copies
-    if copies > 1:
-        (first, *_) = robust.show_copies(name, make_setup(seed=2), states, copies)
-        assert not torch.equal(first, shown[0])
-        if name != "background":
-            parameters_differ = shown[0][1].float() - shown[0][0] != shown[1][1].float() - shown[1][0]
-            assert parameters_differ.any()
 
 
 # States
@@ -530,11 +506,13 @@ def test_a_blind_policy_scores_zero_and_keeps_its_return(states):
 def test_a_policy_that_reads_only_the_brightness_scores_what_a_hand_computes(monkeypatch):
     """Under half the identity kernel the logit of action 0 halves, and so does the encoding, which is the
     same number."""
-    fix_kernel(monkeypatch, 0.5)
+    draws = fix_kernel(monkeypatch, 0.5)
     states = random_states()
     states.obs[:] //= torch.arange(1, 5, dtype=torch.uint8)[:, None, None, None]  # none as bright as another
     values = compare("random-conv", [Brightness()], states)
     assert {each.shape for each in values.values()} == {(1, 4, 3)}
+    assert [num for num, _ in draws] == [3] * 4
+    assert len(set(draws)) == 4
     brightness = states.obs.double().mean((1, 2, 3)).numpy() / 255
     squares = [(one - other) ** 2 for one, other in itertools.combinations(brightness, 2)]
     distance = math.sqrt(np.mean(squares))
@@ -548,15 +526,6 @@ def test_a_policy_that_reads_only_the_brightness_scores_what_a_hand_computes(mon
         assert values["entropy"][0, i] == pytest.approx([entropy] * 3, rel=1e-6)
         assert values["action_changes"][0, i].tolist() == [0, 0, 0]
         assert values["encoding_shift"][0, i] == pytest.approx([clean / 2 / distance] * 3, rel=1e-4)
-
-
-def test_the_identity_kernel_scores_zero(monkeypatch):
-    fix_kernel(monkeypatch, 1)
-    values = compare("random-conv", [make_agent()], random_states())
-    assert np.abs(values["kl"]).max() < 1e-5
-    assert values["tv"].max() < 1e-3
-    assert values["encoding_shift"].max() < 1e-3
-    assert values["action_changes"].sum() == 0
 
 
 def test_an_agent_scores_as_it_does_beside_another(states):
@@ -760,12 +729,6 @@ def test_picture_of_the_scores():
         expected = [0.1, 0.15, 0.3, 0.35]
         heights = [bar.get_height() for bar in axis.patches]
         assert heights == pytest.approx([height + 0.01 * k for height in expected])
-        middles = [bar.get_x() + bar.get_width() / 2 for bar in axis.patches]
-        assert middles == pytest.approx([-0.2, 0.8, 0.2, 1.2])
-        for bars, error in zip(axis.containers[::2], [0.02 + 0.001 * k] * 2):
-            (segments,) = bars.lines[2]
-            low, high = segments.get_segments()[0][:, 1]
-            assert (high - low) / 2 == pytest.approx(error)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["A", "B"]
     for row in rows:
         row["return_kept_mean"] = row["return_kept_standard_error"] = None
