@@ -137,9 +137,6 @@ def states():
     return robust.gather_states(make_setup(), [Always(2), Always(7)])
 
 
-# Divergences and statistics
-
-
 def test_divergences_by_hand():
     """Of three policies of two actions; the greedy action of equal ones is the first."""
     clean = torch.tensor([0.9, 0.1]).double()
@@ -199,9 +196,6 @@ def test_share_of_the_return_by_hand():
     assert robust.return_kept(np.full((2, 3), 2.0), mixed)["return_kept_standard_error"] == 0
 
 
-# Perturbations of the pixels
-
-
 def test_random_conv_is_each_image_under_its_own_kernel():
     obs = random_states(5).obs
     kernels = robust.draw_kernels(np.random.default_rng(0), 5)
@@ -235,18 +229,7 @@ def jitter_of_two_colors(colors: np.ndarray, brightness, contrast, saturation, t
 
 @pytest.mark.parametrize(
     "factors",
-    [
-        (0.5, 1, 1, 0),
-        (1, 0.5, 1, 0),
-        (1, 0, 1, 0),
-        (1, 1, 0.5, 0),
-        (1, 1, 0, 0),
-        (1, 1, 1, -1),
-        (1.4, 0.6, 1, 0),
-        (0.7, 1.4, 0.6, 1),
-        (1.4, 1.4, 1.4, 2),
-        (0.6, 1.4, 1.4, 1),
-    ],
+    [(1, 0.5, 1, 0), (1, 1, 0.5, 0), (1, 1, 1, -1), (1.4, 0.6, 1, 0), (0.7, 1.4, 0.6, 1), (1.4, 1.4, 1.4, 2)],
     ids=str,
 )
 def test_jitter_of_two_colors(factors):
@@ -273,9 +256,6 @@ def test_jitter_is_drawn_over_its_ranges():
         assert high - 0.01 < column.max() <= high
         assert column.mean() == pytest.approx((low + high) / 2, abs=0.03)
     assert np.corrcoef(draws.T.numpy())[~np.eye(4, dtype=bool)].max() < 0.1
-
-
-# Procgen's saved state
 
 
 def play(envs, steps: int):
@@ -369,9 +349,6 @@ def test_copies_are_shown_after_the_observation(name, states):
         assert seen.shape == (1 + copies, 64, 64, 3)
         assert torch.equal(seen[0], obs)
         assert len({image.numpy().tobytes() for image in seen}) == 1 + copies
-
-
-# States
 
 
 def test_environments_are_those_of_the_full_distribution():
@@ -471,9 +448,6 @@ def test_states_are_met_at_any_of_512_steps(clocks):
     assert len(first.actions) == steps[:40].max()
     assert len(set(np.array(first.actions)[:100].flat)) == 15
     assert sum(map(len, agent.seen)) == steps.sum()
-
-
-# Scores
 
 
 def test_actions_are_samples_of_the_policy(clocks):
@@ -584,9 +558,6 @@ def test_each_perturbation_has_its_return(states, monkeypatch):
     assert "return_clean" not in rows[0]
 
 
-# Returns
-
-
 def test_the_return_is_of_one_whole_episode_under_one_draw(clocks, monkeypatch):
     """Also when those that are still under way are not the first environments."""
     views = []
@@ -627,9 +598,6 @@ def test_the_return_is_played_in_the_other_rendering(name):
         assert not torch.equal(clean.seen[step], other.seen[step])
     changed = (clean.seen[0] != other.seen[0]).flatten(1).any(dim=1)
     assert changed.sum() >= 4
-
-
-# The table and the pictures
 
 
 def make_row(label: str, name: str, number: float, **values) -> dict:
@@ -758,9 +726,6 @@ def test_pictures_of_a_game(monkeypatch):
     assert drawn[-1] == ("random-conv", 100)
     kinds = robust.draw_game(make_setup(Game("chaser", "hard"), tests=("rendering",)), [], met, [])
     assert list(kinds) == ["copies_chaser_hard", "scores_chaser_hard"]
-
-
-# Whole runs
 
 
 def save_agent(path: Path, agent, script="ppo_procgen", steps=500, **settings) -> Path:
@@ -902,9 +867,6 @@ def test_numbers_are_written_after_each_perturbation_and_before_the_pictures(pla
     rows = json.loads((place / "out/results.json").read_text())["results"]
     assert [row["perturbation"] for row in rows[::2]] == ["background", "no-background"]
     assert (place / "out/table.md").read_text() == robust.markdown(rows)
-
-
-# Faults of users
 
 
 class Code:
