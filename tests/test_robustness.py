@@ -23,6 +23,7 @@ from robustness_eval import BACKGROUNDS, Args, Checkpoint, Game, Policy, Setup, 
 CPU = torch.device("cpu")
 GAME = Game("starpilot", "easy")
 RENDERINGS = ["background", "no-background", "monochrome"]
+GATHERING_STEPS = robust.GATHERING_STEPS
 SMALL = {"num_states": 6, "num_copies": 3, "num_episodes": 3, "device": "cpu"}
 
 # Games with few backgrounds, many, and one alone; the others are tried among the slow tests.
@@ -130,6 +131,14 @@ def fix_kernel(monkeypatch, scale: float) -> list:
 
     monkeypatch.setitem(robust.PIXELS, "random-conv", (draw, robust.random_conv))
     return draws
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """Most tests need no states of late steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(robust, "GATHERING_STEPS", 50)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -432,8 +441,9 @@ def clocks(monkeypatch):
     return made
 
 
-def test_states_are_met_at_any_of_512_steps(clocks):
+def test_states_are_met_at_any_of_512_steps(clocks, monkeypatch):
     """One in each environment, played by samples of the policy, and looked at only as long as needed."""
+    monkeypatch.setattr(robust, "GATHERING_STEPS", GATHERING_STEPS)
     agent = Blind(keep=True)
     gathered = robust.gather_states(make_setup(num_states=79), [agent, agent])
     found = gathered.obs[:, 0, 0].numpy()
@@ -457,8 +467,8 @@ def test_actions_are_samples_of_the_policy(clocks):
             logits[:3] = torch.tensor([0.6, 0.3, 0.1]).log()
             return logits.repeat(len(encodings), 1)
 
-    robust.gather_states(make_setup(num_states=40), [Three()])
-    actions = np.array(clocks[0].actions)[:100].flatten()
+    robust.gather_states(make_setup(num_states=100), [Three()])
+    actions = np.array(clocks[0].actions)[:40].flatten()
     assert np.bincount(actions) / 4000 == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
 
 
@@ -749,7 +759,6 @@ def run_here(line: str):
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(robust, "TSNE_COPIES", 9)
-    monkeypatch.setattr(robust, "GATHERING_STEPS", 20)
     return tmp_path
 
 
@@ -805,7 +814,7 @@ def test_run_from_the_shell(finished):
 def test_same_seed_same_numbers(finished, place, monkeypatch):
     """To the last digit, in another process."""
     _, folder = finished
-    monkeypatch.setattr(robust, "GATHERING_STEPS", 512)
+    monkeypatch.setattr(robust, "GATHERING_STEPS", GATHERING_STEPS)
     os.symlink(folder / "runs", place / "runs")
     run_here("--checkpoints runs --tests return random-conv --output again")
     assert (place / "again/results.csv").read_bytes() == (folder / "deep/out/results.csv").read_bytes()
