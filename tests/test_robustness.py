@@ -175,6 +175,7 @@ def test_agents_of_one_training_are_one_sample():
     values = np.array([0.0, 8.0, 4.0])[:, None, None] + np.array([0.0, 1.0])[:, None]
     summary = robust.summarize(values, ["pair", "alone", "pair"])
     assert summary["mean"] == 5.5
+    assert summary["std"] == pytest.approx(values.std())
     assert summary["between_trainings"] == pytest.approx(6 / 2**0.5)
     assert summary["standard_error"] == pytest.approx(0.5)
     assert robust.summarize(values[:2], ["pair", "pair"])["between_trainings"] is None
@@ -707,6 +708,11 @@ def test_picture_of_the_scores():
         expected = [0.1, 0.15, 0.3, 0.35]
         heights = [bar.get_height() for bar in axis.patches]
         assert heights == pytest.approx([height + 0.01 * k for height in expected])
+        middles = [bar.get_x() + bar.get_width() / 2 for bar in axis.patches]
+        assert middles == pytest.approx([-0.2, 0.8, 0.2, 1.2])
+        segments = [segment for bars in axis.collections for segment in bars.get_segments()]
+        errors = [np.ptp(segment[:, 1]) / 2 for segment in segments]
+        assert errors == pytest.approx([0.02 + 0.001 * k] * 4)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["A", "B"]
     for row in rows:
         row["return_kept_mean"] = row["return_kept_standard_error"] = None
