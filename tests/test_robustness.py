@@ -832,8 +832,8 @@ def test_every_agent_once_by_game(place):
         save_agent(place / f"run/agent_{i}/agent.pt", make_agent(i), "mdspo_procgen")
     save_agent(place / "hard.pt", make_agent(3), distribution_mode="hard", exp_name="ppo_procgen+wide")
     save_agent(place / "other.pt", make_agent(4), "spo_procgen", exp_name="mine+2")
-    given = tuple(map(Path, ("hard.pt", "run/agent_2", "run", "other.pt", "run/agent_2/agent.pt")))
-    games = robust.read_policies(Args(given), CPU)
+    given = map(Path, ("hard.pt", "run/agent_2", "run", "other.pt", place / "run/agent_2/agent.pt"))
+    games = robust.read_policies(Args(tuple(given)), CPU)
     found = {}
     for game, policies in games.items():
         found[game] = [(label, str(checkpoint.path)) for label, checkpoint in policies]
