@@ -258,6 +258,15 @@ def test_jitter_of_two_colors(factors):
     assert out[0, 60, 60].numpy() == pytest.approx(expected[1], abs=1e-2)
 
 
+def test_the_hue_turns_what_saturation_has_clamped():
+    """As two pictures, one after the other, but for rounding."""
+    obs = torch.tensor([255, 40, 0], dtype=torch.uint8).expand(1, 64, 64, 3)
+    saturated = robust.color_jitter(obs, torch.tensor([[1, 1, 1.4, 0]])).round().byte()
+    two_steps = robust.color_jitter(saturated, torch.tensor([[1, 1, 1, 0.2]]))
+    one_step = robust.color_jitter(obs, torch.tensor([[1, 1, 1.4, 0.2]]))
+    torch.testing.assert_close(one_step, two_steps, rtol=0, atol=1.5)
+
+
 def test_jitter_is_drawn_over_its_ranges():
     draws = robust.draw_jitter(np.random.default_rng(0), 4000)
     assert draws.dtype == torch.float32
