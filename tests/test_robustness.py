@@ -600,6 +600,9 @@ def test_the_return_is_of_one_whole_episode_under_one_draw(clocks, monkeypatch):
     one, other = clocks
     assert len({tuple(actions) for actions in one.actions}) == 10  # samples, not one greedy action
     assert np.array_equal(one.actions, other.actions)
+    rng = robust.generator(make_setup(), "episodes")
+    noisy = [agent.actor(torch.zeros(1, 1)).numpy() + rng.gumbel(size=(10, 15)) for _ in range(10)]
+    assert [actions[9] for actions in one.actions] == [each[9].argmax() for each in noisy]
     robust.play_returns("clean", make_setup(num_episodes=10), [clean := Blind(keep=True)])
     assert min(seen.min() for seen in clean.seen) == 0
 
@@ -618,6 +621,8 @@ def test_the_return_is_played_in_the_other_rendering(name):
         assert not torch.equal(clean.seen[step], other.seen[step])
     changed = (clean.seen[0] != other.seen[0]).flatten(1).any(dim=1)
     assert changed.sum() >= 4
+    if name == "no-background":
+        assert other.seen[0].mean() < clean.seen[0].mean()
 
 
 def make_row(label: str, name: str, number: float, **values) -> dict:
