@@ -114,6 +114,8 @@ class Args:
 
     def __post_init__(self):
         check_limits(self)
+        if not self.methods or not self.num_train:
+            raise ValueError("--methods and --num-train need a value or more")
 
 
 class Job(NamedTuple):
