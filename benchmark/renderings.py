@@ -100,6 +100,40 @@ def evaluate_bounds(
     return {name: float(value) for name, value in results.items()}
 
 
+def bound_gap(
+    transition: np.ndarray,
+    reward: np.ndarray,
+    start: np.ndarray,
+    gamma: float,
+    probability: np.ndarray,
+    num_train: int,
+    policy: np.ndarray,
+) -> float:
+    """An upper bound on |eta - zeta| that is 0 where training and test renderings get the same policy, which
+    is not in the paper. The arguments are those of evaluate_bounds:
+
+        |eta - zeta| <= 2 (1 - M) A_max D / (1 - gamma),
+        D = E_{f ~ p_train} E_{k ~ p_test} E_{s ~ d_f} TV(mu_f, mu_k)(s).
+
+    Since zeta = M eta + (1 - M) E_{k ~ p_test} V_k(rho), the gap is (1 - M) times the mean of
+    V_f(rho) - V_k(rho) over f ~ p_train and k ~ p_test. mu_f and mu_k are policies of one MDP, so by the
+    performance difference lemma (Kakade and Langford 2002)
+
+        V_f(rho) - V_k(rho) = E_{s ~ d_f} E_{a ~ mu_f} A_k(s, a) / (1 - gamma),
+
+    and as mu_k has no advantage over itself, |E_{a ~ mu_f} A_k(s, a)| <= 2 TV(mu_f, mu_k)(s) A_max.
+    """
+    mdp = MDP(transition, reward, start, gamma)
+    check_problem(mdp, probability, num_train, policy, policy)
+    split = split_renderings(probability, num_train)
+    values = state_values(mdp, policy)
+    advantage = action_values(mdp, values) - values[..., None]
+    a_max = np.abs(advantage).max()
+    distances = pair_distances(visitations(mdp, policy), policy)
+    mean_distance = split.train @ distances @ split.test
+    return float(2 * split.test_mass * a_max / (1 - gamma) * mean_distance)
+
+
 def check_problem(mdp: MDP, probability, num_train: int, policy, new_policy):
     """ValueError if shapes do not fit, probabilities are none, or the training never meets a rendering."""
     if np.ndim(mdp.reward) != 2:

@@ -269,6 +269,66 @@ def test_a_single_step_is_its_own_first_order():
     assert found["theorem_3_2"] == pytest.approx(found["new_eta"])
 
 
+# The direct bound on the gap.
+
+
+def arguments_of_bound_gap(problem: dict) -> dict:
+    return {name: value for name, value in problem.items() if name != "new_policy"}
+
+
+def brute_bound_gap(problem: dict) -> float:
+    p = problem["probability"]
+    policy = problem["policy"]
+    train = range(problem["num_train"])
+    test = range(problem["num_train"], len(p))
+    mass = sum(p[f] for f in train)
+    values = [iterate_values(problem, each) for each in policy]
+    a_max = max(abs(a) for table in advantage_tables(problem, values) for a in table.flat)
+    mean_distance = 0.0
+    for f in train:
+        visitation = sum_visitation(problem, policy[f])
+        for k in test:
+            distances = [distance(one, other) for one, other in zip(policy[f], policy[k])]
+            mean_distance += p[f] / mass * p[k] / (1 - mass) * expectation(visitation, distances)
+    return 2 * (1 - mass) * a_max * mean_distance / (1 - problem["gamma"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bound_on_the_gap_is_that_of_brute_force(case):
+    problem = random_problem(np.random.default_rng(0), **CASES[case])
+    found = renderings.bound_gap(**arguments_of_bound_gap(problem))
+    assert type(found) is float
+    assert found == pytest.approx(brute_bound_gap(problem), rel=1e-9, abs=1e-12)
+
+
+def test_a_thousand_random_mdps_have_no_larger_gap():
+    """In either direction. For some of them the bound is less than twice the gap."""
+    rng = np.random.default_rng(1)
+    shares = []
+    for _ in range(1000):
+        num_states, num_actions, num_renderings = rng.integers(1, 6, size=3)
+        problem = random_problem(
+            rng, num_states=num_states, num_actions=num_actions, num_renderings=num_renderings
+        )
+        found = evaluate_bounds(**problem)
+        gap = abs(found["eta"] - found["zeta"])
+        bound = renderings.bound_gap(**arguments_of_bound_gap(problem))
+        assert gap <= bound + 1e-9
+        shares.append(gap / max(bound, 1e-9))
+    assert max(shares) > 0.5
+
+
+def test_the_bound_on_the_gap_vanishes_with_the_distance():
+    """Of policies that no rendering deceives, whatever the mass of the test renderings; by corollary 3.8 they
+    may lose all."""
+    problem = random_problem(np.random.default_rng(3), num_train=1)
+    problem["policy"] = np.repeat(problem["policy"][:1], 3, axis=0)
+    problem["new_policy"] = problem["policy"]
+    assert renderings.bound_gap(**arguments_of_bound_gap(problem)) == 0
+    found = evaluate_bounds(**problem)
+    assert found["corollary_3_8"] < found["new_zeta"]
+
+
 # Examples by hand, with two actions: "stay" in state 0, or "go" to state 1, which nothing leaves.
 
 STAY = [1.0, 0.0]
