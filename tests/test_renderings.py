@@ -480,7 +480,8 @@ def test_all_pictures_differ(grid_size):
 
 
 def test_what_an_object_is_shows_in_its_shape():
-    """In all renderings, whatever the colours. The floor is what most states show at a pixel."""
+    """In all renderings, whatever the colours, and it stands out. The floor is what most states show at a
+    pixel."""
     world = World(grid_size=4)
     cells = renderings.grid_states(4)
     agent = np.ones((4, 4), int)
@@ -496,6 +497,8 @@ def test_what_an_object_is_shows_in_its_shape():
         floor = np.median(pictures, axis=0)
         covered = (pictures != floor).any(-1)
         assert (covered == expected).all()
+        assert np.linalg.norm(pictures - floor, axis=-1)[covered].min() > 100
+    assert world.pictures.mean() == pytest.approx(126.7809, abs=1e-3)  # else the results are of others
 
 
 def test_colors_tell_nothing():
