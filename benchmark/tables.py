@@ -1,0 +1,239 @@
+"""Tables of final tests, with 95 % intervals over seeds: what each algorithm reaches on its training levels
+and on the full distribution, its gap, and how far it is from the first algorithm. With --robustness, also
+how robust each is, and whether robust agents are those with a small gap.
+
+Reads run folders, and CSV files that figures.py wrote. The exp_name of a run is its algorithm. Agents that
+learned together count as one seed, with their mean; in a correlation each is a point, and seeds are
+resampled. Where there are too few seeds for an interval, its limits are nan.
+
+    python benchmark/tables.py runs --algorithms ppo_procgen mdpo_procgen
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import runs
+import tyro
+from helpers import fail, replacing
+from scipy.stats import rankdata, ttest_1samp, ttest_ind
+
+MEASURES = {"train": "training levels", "test": "full distribution", "gap": "gap"}
+DISTANCES = {  # columns of robustness_eval.py's results.csv, of which older files lack the last
+    "kl_mean": "KL",
+    "tv_mean": "total variation",
+    "encoding_shift_mean": "encoding shift",
+}
+RESAMPLES = 2000  # of the bootstrap
+FEWEST = 5  # trainings from which the bootstrap says something
+
+
+class Interval(NamedTuple):
+    """A number and its 95 % interval over trainings."""
+
+    middle: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.middle:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def mean_interval(values: np.ndarray) -> Interval:
+    """Student's, of the values of trainings, (number of trainings,). NaN for the limits of one value."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one value, or of values that are all the same
+        low, high = ttest_1samp(values, 0).confidence_interval(0.95)
+    return Interval(values.mean(), low, high)
+
+
+def difference_interval(values: np.ndarray, of_baseline: np.ndarray) -> Interval:
+    """Of the difference of the means of two methods, Welch's: their seeds have nothing in common. Both are
+    (number of trainings,), which may differ. NaN for the limits if either is one value."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        low, high = ttest_ind(values, of_baseline, equal_var=False).confidence_interval(0.95)
+    return Interval(values.mean() - of_baseline.mean(), low, high)
+
+
+def rank_correlation(trainings: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Spearman's, of two measures of the agents of each training, both (number of agents,). NaN if either has
+    one value only."""
+    ranks = [rankdata(measure) for measure in np.concatenate(trainings, axis=1)]
+    if min(map(np.ptp, ranks)) == 0:
+        return np.nan
+    return np.corrcoef(*ranks)[0, 1]
+
+
+def correlation_interval(trainings: list[tuple[np.ndarray, np.ndarray]]) -> Interval:
+    """Of rank_correlation, by the bootstrap: trainings are resampled, with all their agents, which are not
+    independent. NaN for the limits of fewer than FEWEST trainings, and where there is no correlation. Samples
+    that have none are left out."""
+    middle = rank_correlation(trainings)
+    if len(trainings) < FEWEST or np.isnan(middle):
+        return Interval(middle, np.nan, np.nan)
+    rng = np.random.default_rng(0)
+    samples = []
+    for _ in range(RESAMPLES):
+        rows = rng.integers(len(trainings), size=len(trainings))
+        samples.append(rank_correlation([trainings[row] for row in rows]))
+    low, high = np.nanpercentile(samples, [2.5, 97.5])
+    return Interval(middle, low, high)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table, of which the first row is the head."""
+    head, *body = rows
+    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body]]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass
+class Args(runs.Choice):
+    robustness: Path | None = None
+    """results.csv of robustness_eval.py, of the same runs"""
+    output: Path = Path("tables.md")
+    """file for the tables"""
+
+
+def find_agents(data: pd.DataFrame) -> pd.DataFrame:
+    """A row for each agent with a final test at the end of its run: game, algorithm, seed, run and the
+    MEASURES. Prints which agents have none."""
+    end = data.groupby("run").step.transform("max")  # a test before that is of an earlier end
+    columns = {runs.FINAL_TRAIN: "train", runs.FINAL_TEST: "test"}
+    tests = data[(data.step == end) & data.tag.isin(columns)]
+    keys = ["game", "algorithm", "seed", "run"]
+    agents = tests.pivot_table(index=keys, columns="tag", values="value").reindex(columns=columns).dropna()
+    agents = agents.rename(columns=columns).reset_index()
+    for run in sorted(set(data.run) - set(agents.run)):
+        print(f"left out: {run}, which has no final test")
+    if agents.empty:
+        fail("no run has a final test at its end")
+    return agents.assign(gap=agents.train - agents.test)
+
+
+def read_robustness(path: Path) -> pd.DataFrame:
+    """A row for each perturbation of each agent: perturbation, run and the DISTANCES that the file has."""
+    try:
+        table = pd.read_csv(path)
+        table = table[table.checkpoint != "all"]  # which is a mean over agents
+        distances = [name for name in DISTANCES if name in table]
+        table = table[["perturbation", "checkpoint", "kl_mean"]].join(table[distances[1:]])
+        table = table.astype(dict.fromkeys(distances, float))
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        fail(f"--robustness: {path} is not a table of robustness_eval.py: {reason}")
+    table["run"] = [run_of(Path(checkpoint)) for checkpoint in table.checkpoint]
+    twice = table[table.duplicated(["perturbation", "run"])]
+    if len(twice) > 0:
+        fail(f"--robustness: {path} has {twice.run.iloc[0]} twice")
+    return table
+
+
+def run_of(checkpoint: Path) -> str:
+    """As runs.py names the run that an agent.pt lies in."""
+    folder = checkpoint.parent
+    if folder.name.startswith("agent_"):
+        return f"{folder.parent.name}/{folder.name}"
+    return folder.name
+
+
+def seed_values(agents: pd.DataFrame, algorithm: str, name: str) -> np.ndarray:
+    """One column of an algorithm's agents, (number of seeds,): the mean over agents that learned together."""
+    rows = agents[agents.algorithm == algorithm]
+    return rows.groupby("seed")[name].mean().to_numpy()
+
+
+def make_rows(agents: pd.DataFrame, labels: dict[str, str], names: list[str]) -> tuple[list, list]:
+    """For each algorithm that has agents: label, number of seeds and an interval of each of the names; and
+    label and the differences from the first of the labels, which are empty where that has no agents."""
+    first = next(iter(labels))
+    tested = set(agents.algorithm)
+    means = []
+    differences = []
+    for algorithm, label in labels.items():
+        if algorithm not in tested:
+            continue
+        values = [seed_values(agents, algorithm, name) for name in names]
+        means.append([label, str(len(values[0])), *map(str, map(mean_interval, values))])
+        cells = [""] * len(names)
+        if algorithm != first and first in tested:
+            baseline = [seed_values(agents, first, name) for name in names]
+            cells = list(map(str, map(difference_interval, values, baseline)))
+        differences.append([label, *cells])
+    return means, differences
+
+
+def return_tables(agents: pd.DataFrame, labels: dict[str, str]) -> str:
+    """Of one game: returns and gap, and how far they are from those of the first of the labels."""
+    means, differences = make_rows(agents, labels, list(MEASURES))
+    text = markdown([["algorithm", "seeds", *MEASURES.values()], *means])
+    first, baseline = next(iter(labels.items()))
+    text += f"\nDifference from {baseline}:\n\n"
+    if first not in set(agents.algorithm):
+        return f"{text}{baseline} has no final test here.\n"
+    if len(differences) == 1:
+        return f"{text}Nothing to compare.\n"
+    return text + markdown([["algorithm", *MEASURES.values()], *differences[1:]])
+
+
+def robustness_tables(agents: pd.DataFrame, robustness: pd.DataFrame, labels: dict[str, str]) -> str:
+    """Of one game: how much each algorithm's policy changes, how far that is from the first of the labels, and
+    over all agents the rank correlation of each distance with each of the MEASURES. Prints which agents are
+    not in the table of robustness."""
+    joined = agents.merge(robustness, on="run")
+    if joined.empty:
+        return "No agent of --robustness has a final test here.\n"
+    for run in sorted(set(agents.run) - set(joined.run)):
+        print(f"left out of what follows on robustness: {run}, which is not in --robustness")
+    first, baseline = next(iter(labels.items()))
+    names = [name for name in DISTANCES if name in robustness]
+    titles = [DISTANCES[name] for name in names]
+    differences = [f"{title} - {baseline}'s" for title in titles]
+    changes = [["perturbation", "algorithm", "seeds", *titles, *differences]]
+    correlations = [["perturbation", "change", "agents", "seeds", *MEASURES.values()]]
+    for perturbation, group in joined.groupby("perturbation", sort=False):
+        for mean, difference in zip(*make_rows(group, labels, names)):
+            changes.append([perturbation, *mean, *difference[1:]])
+        trainings = [training for _, training in group.groupby(["algorithm", "seed"])]
+        for name, title in zip(names, titles):
+            row = [perturbation, title, str(len(group)), str(len(trainings))]
+            for measure in MEASURES:
+                columns = [training[[name, measure]].to_numpy().T for training in trainings]
+                row.append(str(correlation_interval(columns)))
+            correlations.append(row)
+    text = f"How much policy and encoding change:\n\n{markdown(changes)}\n"
+    if first not in set(joined.algorithm):
+        text += f"{baseline}, to compare with, has no final test here that is in --robustness.\n\n"
+    text += f"Rank correlation of that change with the returns and the gap:\n\n{markdown(correlations)}"
+    return text
+
+
+def main(args: Args):
+    robustness = read_robustness(args.robustness) if args.robustness else None
+    tags = [runs.TRAIN, runs.TEST]  # they say where a run ends
+    data = runs.read_runs(args, tags, needed={})
+    labels = runs.name_algorithms(data, args)
+    agents = find_agents(data)
+    if not args.algorithms:
+        tested = set(agents.algorithm)
+        labels = {algorithm: label for algorithm, label in labels.items() if algorithm in tested}
+    runs.print_missing(data)
+    parts = []
+    for game, of_game in agents.groupby("game"):
+        parts.append(f"## {game}\n\n{return_tables(of_game, labels)}")
+        if robustness is not None:
+            parts.append(robustness_tables(of_game, robustness, labels))
+    intervals = "Student's for means, Welch's for differences, by bootstrap for correlations"
+    parts.append(f"In parentheses 95 % intervals over seeds: {intervals}.\n")
+    tables = "\n".join(parts)
+    with replacing(args.output) as path:
+        path.write_text(tables, encoding="utf-8")
+    print(tables)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,)))
