@@ -17,7 +17,9 @@ reached. Intervals are 95 % stratified bootstrap, by rliable (Agarwal et al. 202
         --reference benchmark/results/published_ppo.csv
 """
 
+import io
 import math
+import re
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -39,26 +41,28 @@ SPLITS = {  # of published returns: the tags that they are compared with, the be
     "test": [FINAL_TEST, TEST],
 }
 PUBLISHED_SETTINGS = {"num_levels": 200, "start_level": 0, "num_envs": 64, "num_steps": 256}
+IMPROVEMENT = "probability of improvement"
 NEAR = 0.05  # of the steps: how far from a published point a value may be
 
-BOUNDS = {  # (min, max) return of each game, by distribution mode
-    "bigfish": {"hard": (0, 40), "easy": (0, 40)},
-    "bossfight": {"hard": (0.5, 13), "easy": (0.5, 13)},
-    "caveflyer": {"hard": (2, 13.4), "easy": (3.5, 12)},
-    "chaser": {"hard": (0.5, 14.2), "easy": (0.5, 13)},
-    "climber": {"hard": (1, 12.6), "easy": (2, 12.6)},
-    "coinrun": {"hard": (5, 10), "easy": (5, 10)},
-    "dodgeball": {"hard": (1.5, 19), "easy": (1.5, 19)},
-    "fruitbot": {"hard": (-0.5, 27.2), "easy": (-1.5, 32.4)},
-    "heist": {"hard": (2, 10), "easy": (3.5, 10)},
-    "jumper": {"hard": (1, 10), "easy": (3, 10)},
-    "leaper": {"hard": (1.5, 10), "easy": (3, 10)},
-    "maze": {"hard": (4, 10), "easy": (5, 10)},
-    "miner": {"hard": (1.5, 20), "easy": (1.5, 13)},
-    "ninja": {"hard": (2, 10), "easy": (3.5, 10)},
-    "plunder": {"hard": (3, 30), "easy": (4.5, 30)},
-    "starpilot": {"hard": (1.5, 35), "easy": (2.5, 64)},
-}
+# (min, max) return of each game, by distribution mode.
+BOUNDS = """game hard_min hard_max easy_min easy_max
+bigfish 0 40 0 40
+bossfight 0.5 13 0.5 13
+caveflyer 2 13.4 3.5 12
+chaser 0.5 14.2 0.5 13
+climber 1 12.6 2 12.6
+coinrun 5 10 5 10
+dodgeball 1.5 19 1.5 19
+fruitbot -0.5 27.2 -1.5 32.4
+heist 2 10 3.5 10
+jumper 1 10 3 10
+leaper 1.5 10 3 10
+maze 4 10 5 10
+miner 1.5 20 1.5 13
+ninja 2 10 3.5 10
+plunder 3 30 4.5 30
+starpilot 1.5 35 2.5 64
+"""
 
 
 @dataclass
@@ -87,46 +91,52 @@ class Args(runs.Choice):
 def common_steps(rows: pd.DataFrame, smooth: int, points: int = 200) -> tuple[np.ndarray, pd.DataFrame]:
     """Interpolates the curves of one tag, game and algorithm. Returns the steps (points,) and the values
     (number of seeds, points), nan where a run has none. A seed's value is the mean over its agents."""
-    steps = np.linspace(rows.step.min(), rows.step.max(), points)
-    agents = {}
-    for key, curve in rows.groupby(["seed", "run"]):
-        values = curve.groupby("step").value.last()
-        smoothed = values.rolling(smooth, center=True, min_periods=1).mean()
-        agents[key] = np.interp(steps, smoothed.index, smoothed, left=np.nan, right=np.nan)
-    table = pd.DataFrame(agents).T
-    return steps, table.groupby(level=0).agg(lambda values: values.mean(skipna=False))
+    first = rows.step.min()
+    last = rows.step.max()
+    steps = np.linspace(first, last, points)
+    seeds = {}
+    for seed, of_seed in rows.groupby("seed"):
+        agents = []
+        for _, curve in of_seed.groupby("run"):
+            values = curve.groupby("step").value.last()
+            smoothed = values.rolling(smooth, center=True, min_periods=1).mean()
+            agent = np.interp(steps, smoothed.index, smoothed, left=np.nan, right=np.nan)
+            agents.append(agent)
+        seeds[seed] = np.mean(agents, axis=0)
+    return steps, pd.DataFrame(seeds).T
 
 
-def draw_curves(data: pd.DataFrame, tag: str, labels: dict[str, str], smooth: int, reference: pd.DataFrame):
-    """A figure of one tag, a panel for each game. `reference` are the published returns of that tag."""
-    rows_of_tag = data[data.tag == tag]
-    games = sorted(set(rows_of_tag.game))
+def draw_curves(data: pd.DataFrame, labels: dict[str, str], smooth: int, reference: pd.DataFrame):
+    """A figure of one tag, a panel for each game. `reference` are its published returns."""
+    games = sorted(set(data.game))
     columns = min(4, len(games))
     rows = math.ceil(len(games) / columns)
     size = (max(4.5, 2.6 * columns), 1 + 2.0 * rows)  # the legend needs 4.5
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    drawn = {}
+    lines = {}
+    points = None
     for game, axis in zip(games, axes.flat):
         axis.set_title(game)
         axis.grid(alpha=0.3)
-        of_game = rows_of_tag[rows_of_tag.game == game]
-        for number, (algorithm, label) in enumerate(labels.items()):
+        of_game = data[data.game == game]
+        for number, algorithm in enumerate(labels):
             curves = of_game[of_game.algorithm == algorithm]
             if len(curves) > 0:
-                drawn[number, label] = draw_band(axis, curves, f"C{number}", smooth)
-        near = reference.env_steps <= (1 + NEAR) * of_game.step.max()
-        points = reference[near & (reference.env_id == game)]
-        if len(points) > 0:
-            drawn[len(labels), "published"] = draw_points(axis, points)
+                lines[algorithm] = draw_band(axis, curves, f"C{number}", smooth)
+        reached = reference[reference.env_steps <= (1 + NEAR) * of_game.step.max()]
+        published = reached[reached.env_id == game]
+        if len(published) > 0:
+            points = draw_points(axis, published)
     for axis in axes.flat[len(games) :]:
         axis.remove()
     figure.supxlabel("environment steps of each agent (millions)", fontsize="medium")
-    figure.supylabel(AXES.get(tag, tag), fontsize="medium")
-    names = [label for _, label in sorted(drawn)]
-    handles = [drawn[key] for key in sorted(drawn)]
-    inches = 0.5 + 0.075 * max(map(len, names))  # about, of an entry with its line
-    columns = max(1, min(4, int(figure.get_figwidth() / inches)))
-    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
+    drawn = {label: lines[algorithm] for algorithm, label in labels.items() if algorithm in lines}
+    if points:
+        drawn["published"] = points
+    inches = 0.5 + 0.075 * max(map(len, drawn))  # about, of an entry with its line
+    columns = int(figure.get_figwidth() / inches)
+    columns = min(4, max(1, columns))
+    figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 
@@ -140,14 +150,18 @@ def draw_band(axis, curves: pd.DataFrame, color: str, smooth: int):
     marker = "." if len(set(steps)) == 1 else ""
     axis.plot(millions, mean, "--", linewidth=0.8, color=color, marker=marker)
     axis.fill_between(millions, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
-    return axis.plot(millions, until_the_first_ends, linewidth=1.4, color=color, marker=marker)[0]
+    (line,) = axis.plot(millions, until_the_first_ends, linewidth=1.4, color=color, marker=marker)
+    return line
 
 
-def draw_points(axis, points: pd.DataFrame):
+def draw_points(axis, published: pd.DataFrame):
     """Published means, from the lowest to the highest of their runs."""
-    mean = points.return_mean
-    ends = [mean - points.return_min_run, points.return_max_run - mean]
-    return axis.errorbar(points.env_steps / 1e6, mean, ends, fmt="D", color="black", capsize=4, markersize=4)
+    mean = published.return_mean
+    below = mean - published.return_min_run
+    above = published.return_max_run - mean
+    millions = published.env_steps / 1e6
+    style = {"fmt": "D", "color": "black", "capsize": 4, "markersize": 4, "zorder": 3}
+    return axis.errorbar(millions, mean, [below, above], **style)
 
 
 def return_near(run: pd.DataFrame, split: str, steps: int) -> float | None:
@@ -164,17 +178,22 @@ def compare(data: pd.DataFrame, labels: dict[str, str], reference: pd.DataFrame)
     """Markdown: for each published point that a run has reached, the return of each seed (empty where it has
     none there), and the published mean and range."""
     seeds = sorted(set(data.seed))
-    head = ["game", "return", "steps", "algorithm", *(f"seed {seed}" for seed in seeds)]
+    head = ["game", "return", "steps", "algorithm"]
+    head += [f"seed {seed}" for seed in seeds]
     rows = [[*head, "published", "their runs"]]
     for point in reference.itertuples():
         for algorithm, label in labels.items():
             chosen = data[(data.game == point.env_id) & (data.algorithm == algorithm)]
-            ours = [return_near(chosen[chosen.seed == seed], point.split, point.env_steps) for seed in seeds]
+            ours = []
+            for seed in seeds:
+                run = chosen[chosen.seed == seed]
+                ours.append(return_near(run, point.split, point.env_steps))
             if all(value is None for value in ours):
                 continue
             row = [point.env_id, point.split, f"{point.env_steps:,}", label]
             row += ["" if value is None else f"{value:.2f}" for value in ours]
-            row += [f"{point.return_mean:.2f}", f"{point.return_min_run:.2f} to {point.return_max_run:.2f}"]
+            row.append(f"{point.return_mean:.2f}")
+            row.append(f"{point.return_min_run:.2f} to {point.return_max_run:.2f}")
             rows.append(row)
     if len(rows) == 1:
         return f"No run has come to {reference.env_steps.min():,} steps, the first published number.\n"
@@ -193,8 +212,8 @@ def find_tests(data: pd.DataFrame) -> tuple[pd.DataFrame, set]:
             unfinished.add(key)
             tests = last_common_tests(rows)
         parts.append(tests)
-    tests = pd.concat(parts)
-    return tests.groupby(["game", "algorithm", "seed"]).value.mean().reset_index(), unfinished
+    seeds = pd.concat(parts).groupby(["game", "algorithm", "seed"])
+    return seeds.value.mean().reset_index(), unfinished
 
 
 def last_common_tests(rows: pd.DataFrame) -> pd.DataFrame:
@@ -207,27 +226,29 @@ def last_common_tests(rows: pd.DataFrame) -> pd.DataFrame:
 def normalised_scores(tests: pd.DataFrame, names: dict[str, str], mode: str) -> dict[str, np.ndarray]:
     """{name: scores (number of seeds, number of games)} of the games that all algorithms have, and of the
     seeds that have all of these. Prints what that leaves out. Empty if nothing is left of an algorithm."""
-    tables = {}
-    for algorithm, rows in tests.groupby("algorithm"):
-        tables[algorithm] = rows.pivot(index="seed", columns="game", values="value")
-    games = sorted(set.intersection(*(set(table) for table in tables.values())))
-    left_out = sorted(set(tests.game) - set(games))
-    if left_out:
-        print(f"not in the aggregate, since an algorithm has no test there: {', '.join(left_out)}")
-    bounds = np.array([BOUNDS[game][mode] for game in games]).reshape(-1, 2)
-    low, high = bounds.T
-    scores = {}
+    table = tests.pivot(index=["algorithm", "seed"], columns="game", values="value")
+    num_seeds = table.groupby("algorithm").count().reindex(list(names), fill_value=0)
+    common = (num_seeds > 0).all()
+    if not common.all():
+        left_out = ", ".join(common.index[~common])
+        print(f"not in the aggregate, since an algorithm has no test there: {left_out}")
+    table = table.loc[:, common]
+    whole = table.dropna()
+    for algorithm, seed in table.index.difference(whole.index):
+        print(f"not in the aggregate, since it has no test in a game: {names[algorithm]}, seed {seed}")
+    bounds = pd.read_csv(io.StringIO(BOUNDS), sep=" ", index_col="game").loc[table.columns]
+    low = bounds[f"{mode}_min"]
+    high = bounds[f"{mode}_max"]
+    scores = (whole - low) / (high - low)
+    by_name = {}
     for algorithm, name in names.items():
-        values = tables[algorithm][games] if algorithm in tables else pd.DataFrame()
-        whole = values.dropna()
-        for seed in values.index.difference(whole.index):
-            print(f"not in the aggregate, since a game lacks it: {name}, seed {seed}")
-        if whole.size == 0:
+        values = scores[scores.index.get_level_values("algorithm") == algorithm].to_numpy()
+        if values.size == 0:
             return {}
-        if len(whole) == 1:
+        if len(values) == 1:
             print(f"one seed of {name}: no spread, so its intervals mean nothing")
-        scores[name] = (whole.to_numpy() - low) / (high - low)
-    return scores
+        by_name[name] = values
+    return by_name
 
 
 class Estimate(NamedTuple):
@@ -245,17 +266,20 @@ def estimate(scores: dict[str, np.ndarray], samples: int) -> list[Estimate]:
     pairs = {}
     for one, other in combinations(scores, 2):
         pairs[f"P({other} > {one})"] = (scores[other], scores[one])
+    found = bootstrap("interquartile mean", metrics.aggregate_iqm, scores, samples)
+    found += bootstrap("optimality gap", metrics.aggregate_optimality_gap, scores, samples)
+    if pairs:
+        found += bootstrap(IMPROVEMENT, metrics.probability_of_improvement, pairs, samples)
+    return found
+
+
+def bootstrap(metric: str, function, scores: dict, samples: int) -> list[Estimate]:
+    np.random.seed(0)  # rliable draws from numpy's global generator, whatever random_state it is given
+    values, intervals = library.get_interval_estimates(scores, function, reps=samples)
     found = []
-    for metric, function, inputs in (
-        ("interquartile mean", metrics.aggregate_iqm, scores),
-        ("optimality gap", metrics.aggregate_optimality_gap, scores),
-        ("probability of improvement", metrics.probability_of_improvement, pairs),
-    ):
-        if inputs:
-            np.random.seed(0)  # rliable draws from numpy's global generator
-            values, intervals = library.get_interval_estimates(inputs, function, reps=samples)
-            for name, (low, high) in intervals.items():
-                found.append(Estimate(metric, name, float(values[name]), *low, *high))
+    for name, value in values.items():
+        low, high = intervals[name][:, 0]
+        found.append(Estimate(metric, name, float(value), low, high))
     return found
 
 
@@ -268,18 +292,20 @@ def draw_aggregate(estimates: list[Estimate]):
     size = (3.6 * len(panels), 1.3 + 0.35 * most)
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
     for axis, (metric, rows) in zip(axes, panels.items()):
-        of_pairs = metric == "probability of improvement"
+        of_pairs = metric == IMPROVEMENT
         for row, each in enumerate(rows):
             color = "0.3" if of_pairs else f"C{row}"
-            ends = [each.low, each.high]
-            axis.plot(ends, [row, row], color=color, linewidth=9, alpha=0.4, solid_capstyle="butt")
+            bar = {"linewidth": 9, "alpha": 0.4, "solid_capstyle": "butt"}
+            axis.plot([each.low, each.high], [row, row], color=color, **bar)
             axis.plot(each.value, row, "|", color=color, markersize=12, markeredgewidth=2)
-        axis.set_yticks(range(len(rows)), [each.name for each in rows])
+        names = [each.name for each in rows]
+        axis.set_yticks(range(len(rows)), names)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
         axis.set_title(metric)
-        axis.set_xlabel("probability" if of_pairs else "normalised test score")
+        axis.set_xlabel("normalised test score")
         if of_pairs:
+            axis.set_xlabel("probability")
             axis.axvline(0.5, color="0.6", linestyle="--", linewidth=1)
             axis.set_xlim(-0.04, 1.04)
     return figure
@@ -289,10 +315,13 @@ def make_table(tests: pd.DataFrame, unfinished: set, labels: dict[str, str]) -> 
     """Markdown: the test return by game and algorithm."""
     rows = [["test return", *labels.values()]]
     for game in sorted(set(tests.game)):
+        of_game = tests[tests.game == game]
         row = [game]
         for algorithm in labels:
-            values = tests.value[(tests.game == game) & (tests.algorithm == algorithm)]
-            row.append(make_cell(values) + " †" * ((game, algorithm) in unfinished))
+            cell = make_cell(of_game.value[of_game.algorithm == algorithm])
+            if (game, algorithm) in unfinished:
+                cell += " †"
+            row.append(cell)
         rows.append(row)
     text = markdown(rows)
     text += "\nMean ± standard deviation over seeds (number of seeds) of the final test on the full\n"
@@ -315,7 +344,8 @@ def metric_table(estimates: list[Estimate], mode: str) -> str:
     """Markdown."""
     rows = [["metric", "of", "estimate"]]
     for each in estimates:
-        rows.append([each.metric, each.name, f"{each.value:.3f} [{each.low:.3f}, {each.high:.3f}]"])
+        interval = f"{each.value:.3f} [{each.low:.3f}, {each.high:.3f}]"
+        rows.append([each.metric, each.name, interval])
     of_what = f"Of scores that are normalised for {mode} levels"
     return f"{of_what}, with 95 % stratified bootstrap intervals:\n\n{markdown(rows)}"
 
@@ -342,30 +372,34 @@ def read_reference(path: Path | None) -> pd.DataFrame:
 def main(args: Args):
     reference = read_reference(args.reference)
     needed = PUBLISHED_SETTINGS if args.reference else {}
-    data = runs.read_runs(args, sorted({*args.tags, TEST}), needed)
+    tags = {*args.tags, TEST}
+    data = runs.read_runs(args, sorted(tags), needed)
     labels = runs.name_algorithms(data, args)
     runs.print_missing(data)
     if args.csv:
         with replacing(args.csv) as path:
-            data[list(runs.COLUMNS)].to_csv(path, index=False, float_format="%.7g")
+            columns = list(runs.COLUMNS)
+            data[columns].to_csv(path, index=False, float_format="%.7g")
 
     for tag in args.tags:
-        if (data.tag == tag).any():
-            splits = [split for split, tags in SPLITS.items() if tag in tags]
-            points = reference[reference.split.isin(splits)]
-            name = AXES.get(tag, tag).replace(" ", "_").replace("/", "_")
-            save(draw_curves(data, tag, labels, args.smooth, points), name, args.output)
-        else:
+        rows = data[data.tag == tag]
+        if rows.empty:
             print(f"missing: {tag}, in all runs")
+            continue
+        splits = [split for split, tags in SPLITS.items() if tag in tags]
+        published = reference[reference.split.isin(splits)]
+        title = AXES.get(tag, tag)
+        figure = draw_curves(rows, labels, args.smooth, published)
+        figure.supylabel(title, fontsize="medium")
+        save(figure, re.sub(r"\W", "_", title), args.output)
     tests, unfinished = find_tests(data)
-    names = {}
-    for algorithm, label in labels.items():
-        marked = any(algorithm == key for _, key in unfinished)
-        names[algorithm] = f"{label} †" if marked else label
-    scores = normalised_scores(tests, names, args.distribution_mode)
-    estimates = estimate(scores, args.bootstrap)
     table = make_table(tests, unfinished, labels)
-    if estimates:
+    names = dict(labels)
+    for _, algorithm in unfinished:
+        names[algorithm] = f"{labels[algorithm]} †"
+    scores = normalised_scores(tests, names, args.distribution_mode)
+    if scores:
+        estimates = estimate(scores, args.bootstrap)
         save(draw_aggregate(estimates), "aggregate", args.output)
         table += f"\n{metric_table(estimates, args.distribution_mode)}"
     if args.reference:
@@ -383,4 +417,5 @@ if __name__ == "__main__":
     plt.rcParams["axes.titlesize"] = 10
     plt.rcParams["pdf.fonttype"] = 42  # text stays text in the PDF
     plt.rcParams["text.parse_math"] = False  # a $ in a label is a $
-    main(tyro.cli(Args, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,)))
+    paths_by_place = (tyro.conf.PositionalRequiredArgs,)
+    main(tyro.cli(Args, description=__doc__, config=paths_by_place))

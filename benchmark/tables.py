@@ -62,10 +62,11 @@ def difference_interval(values: np.ndarray, of_baseline: np.ndarray) -> Interval
 def rank_correlation(trainings: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """Spearman's, of two measures of the agents of each training, both (number of agents,). NaN if either has
     one value only."""
-    ranks = [rankdata(measure) for measure in np.concatenate(trainings, axis=1)]
-    if min(map(np.ptp, ranks)) == 0:
+    measures = np.concatenate(trainings, axis=1)
+    if np.ptp(measures, axis=1).min() == 0:
         return np.nan
-    return np.corrcoef(*ranks)[0, 1]
+    ranks = rankdata(measures, axis=1)
+    return np.corrcoef(ranks)[0, 1]
 
 
 def correlation_interval(trainings: list[tuple[np.ndarray, np.ndarray]]) -> Interval:
@@ -87,8 +88,11 @@ def correlation_interval(trainings: list[tuple[np.ndarray, np.ndarray]]) -> Inte
 def markdown(rows: list[list[str]]) -> str:
     """A table, of which the first row is the head."""
     head, *body = rows
-    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body]]
-    return "\n".join(lines) + "\n"
+    rule = ["---"] * len(head)
+    text = ""
+    for row in [head, rule, *body]:
+        text += f"| {' | '.join(row)} |\n"
+    return text
 
 
 @dataclass
@@ -104,9 +108,10 @@ def find_agents(data: pd.DataFrame) -> pd.DataFrame:
     MEASURES. Prints which agents have none."""
     end = data.groupby("run").step.transform("max")  # a test before that is of an earlier end
     columns = {runs.FINAL_TRAIN: "train", runs.FINAL_TEST: "test"}
-    tests = data[(data.step == end) & data.tag.isin(columns)]
+    tests = data[data.step == end]
     keys = ["game", "algorithm", "seed", "run"]
-    agents = tests.pivot_table(index=keys, columns="tag", values="value").reindex(columns=columns).dropna()
+    agents = tests.pivot_table(index=keys, columns="tag", values="value")
+    agents = agents.reindex(columns=columns).dropna()
     agents = agents.rename(columns=columns).reset_index()
     for run in sorted(set(data.run) - set(agents.run)):
         print(f"left out: {run}, which has no final test")
@@ -121,8 +126,8 @@ def read_robustness(path: Path) -> pd.DataFrame:
         table = pd.read_csv(path)
         table = table[table.checkpoint != "all"]  # which is a mean over agents
         distances = [name for name in DISTANCES if name in table]
-        table = table[["perturbation", "checkpoint", "kl_mean"]].join(table[distances[1:]])
-        table = table.astype(dict.fromkeys(distances, float))
+        columns = ["perturbation", "checkpoint", "kl_mean", *distances[1:]]
+        table = table[columns].astype(dict.fromkeys(distances, float))
     except (OSError, ValueError, LookupError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         fail(f"--robustness: {path} is not a table of robustness_eval.py: {reason}")
@@ -147,43 +152,60 @@ def seed_values(agents: pd.DataFrame, algorithm: str, name: str) -> np.ndarray:
     return rows.groupby("seed")[name].mean().to_numpy()
 
 
-def make_rows(agents: pd.DataFrame, labels: dict[str, str], names: list[str]) -> tuple[list, list]:
-    """For each algorithm that has agents: label, number of seeds and an interval of each of the names; and
-    label and the differences from the first of the labels, which are empty where that has no agents."""
+class Row(NamedTuple):
+    """Of an algorithm."""
+
+    label: str
+    seeds: str
+    means: list[str]
+    differences: list[
+        str
+    ]  # from the first of the labels; empty strings in its own row, or if it is not there
+
+
+def make_rows(agents: pd.DataFrame, labels: dict[str, str], names: list[str]) -> list[Row]:
+    """Intervals of the named columns, for each algorithm that has agents."""
     first = next(iter(labels))
     tested = set(agents.algorithm)
-    means = []
-    differences = []
+    rows = []
     for algorithm, label in labels.items():
         if algorithm not in tested:
             continue
-        values = [seed_values(agents, algorithm, name) for name in names]
-        means.append([label, str(len(values[0])), *map(str, map(mean_interval, values))])
-        cells = [""] * len(names)
-        if algorithm != first and first in tested:
-            baseline = [seed_values(agents, first, name) for name in names]
-            cells = list(map(str, map(difference_interval, values, baseline)))
-        differences.append([label, *cells])
-    return means, differences
+        means = []
+        differences = []
+        for name in names:
+            values = seed_values(agents, algorithm, name)
+            means.append(str(mean_interval(values)))
+            difference = ""
+            if algorithm != first and first in tested:
+                baseline = seed_values(agents, first, name)
+                difference = str(difference_interval(values, baseline))
+            differences.append(difference)
+        rows.append(Row(label, str(len(values)), means, differences))
+    return rows
 
 
 def return_tables(agents: pd.DataFrame, labels: dict[str, str]) -> str:
     """Of one game: returns and gap, and how far they are from those of the first of the labels."""
-    means, differences = make_rows(agents, labels, list(MEASURES))
-    text = markdown([["algorithm", "seeds", *MEASURES.values()], *means])
+    returns = [["algorithm", "seeds", *MEASURES.values()]]
+    differences = [["algorithm", *MEASURES.values()]]
     first, baseline = next(iter(labels.items()))
-    text += f"\nDifference from {baseline}:\n\n"
+    for row in make_rows(agents, labels, list(MEASURES)):
+        returns.append([row.label, row.seeds, *row.means])
+        if row.label != baseline:
+            differences.append([row.label, *row.differences])
+    comparison = markdown(differences)
     if first not in set(agents.algorithm):
-        return f"{text}{baseline} has no final test here.\n"
-    if len(differences) == 1:
-        return f"{text}Nothing to compare.\n"
-    return text + markdown([["algorithm", *MEASURES.values()], *differences[1:]])
+        comparison = f"{baseline} has no final test here.\n"
+    elif len(differences) == 1:
+        comparison = "Nothing to compare.\n"
+    return f"{markdown(returns)}\nDifference from {baseline}:\n\n{comparison}"
 
 
 def robustness_tables(agents: pd.DataFrame, robustness: pd.DataFrame, labels: dict[str, str]) -> str:
-    """Of one game: how much each algorithm's policy changes, how far that is from the first of the labels, and
-    over all agents the rank correlation of each distance with each of the MEASURES. Prints which agents are
-    not in the table of robustness."""
+    """Of one game: how much each algorithm's policy changes, how far that is from the first of the labels,
+    and over all agents the rank correlation of each distance with each of the MEASURES. Prints which agents
+    are not in the table of robustness."""
     joined = agents.merge(robustness, on="run")
     if joined.empty:
         return "No agent of --robustness has a final test here.\n"
@@ -196,15 +218,16 @@ def robustness_tables(agents: pd.DataFrame, robustness: pd.DataFrame, labels: di
     changes = [["perturbation", "algorithm", "seeds", *titles, *differences]]
     correlations = [["perturbation", "change", "agents", "seeds", *MEASURES.values()]]
     for perturbation, group in joined.groupby("perturbation", sort=False):
-        for mean, difference in zip(*make_rows(group, labels, names)):
-            changes.append([perturbation, *mean, *difference[1:]])
+        for row in make_rows(group, labels, names):
+            changes.append([perturbation, row.label, row.seeds, *row.means, *row.differences])
         trainings = [training for _, training in group.groupby(["algorithm", "seed"])]
+        counts = [str(len(group)), str(len(trainings))]
         for name, title in zip(names, titles):
-            row = [perturbation, title, str(len(group)), str(len(trainings))]
+            intervals = []
             for measure in MEASURES:
                 columns = [training[[name, measure]].to_numpy().T for training in trainings]
-                row.append(str(correlation_interval(columns)))
-            correlations.append(row)
+                intervals.append(str(correlation_interval(columns)))
+            correlations.append([perturbation, title, *counts, *intervals])
     text = f"How much policy and encoding change:\n\n{markdown(changes)}\n"
     if first not in set(joined.algorithm):
         text += f"{baseline}, to compare with, has no final test here that is in --robustness.\n\n"
@@ -216,11 +239,8 @@ def main(args: Args):
     robustness = read_robustness(args.robustness) if args.robustness else None
     tags = [runs.TRAIN, runs.TEST]  # they say where a run ends
     data = runs.read_runs(args, tags, needed={})
-    labels = runs.name_algorithms(data, args)
     agents = find_agents(data)
-    if not args.algorithms:
-        tested = set(agents.algorithm)
-        labels = {algorithm: label for algorithm, label in labels.items() if algorithm in tested}
+    labels = runs.name_algorithms(data if args.algorithms else agents, args)
     runs.print_missing(data)
     parts = []
     for game, of_game in agents.groupby("game"):
@@ -236,4 +256,5 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,)))
+    paths_by_place = (tyro.conf.PositionalRequiredArgs,)
+    main(tyro.cli(Args, description=__doc__, config=paths_by_place))
