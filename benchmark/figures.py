@@ -65,6 +65,7 @@ starpilot 1.5 35 2.5 64
 """
 
 
+@tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
 @dataclass
 class Args(runs.Choice):
     tags: tuple[str, ...] = (TRAIN, TEST, GAP)
@@ -417,5 +418,4 @@ if __name__ == "__main__":
     plt.rcParams["axes.titlesize"] = 10
     plt.rcParams["pdf.fonttype"] = 42  # text stays text in the PDF
     plt.rcParams["text.parse_math"] = False  # a $ in a label is a $
-    paths_by_place = (tyro.conf.PositionalRequiredArgs,)
-    main(tyro.cli(Args, description=__doc__, config=paths_by_place))
+    main(tyro.cli(Args, description=__doc__))

@@ -95,6 +95,7 @@ def markdown(rows: list[list[str]]) -> str:
     return text
 
 
+@tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
 @dataclass
 class Args(runs.Choice):
     robustness: Path | None = None
@@ -256,5 +257,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    paths_by_place = (tyro.conf.PositionalRequiredArgs,)
-    main(tyro.cli(Args, description=__doc__, config=paths_by_place))
+    main(tyro.cli(Args, description=__doc__))

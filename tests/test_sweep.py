@@ -17,7 +17,7 @@ import runs
 import sweep
 
 SETTINGS = {name: value for name, value in TINY.items() if name not in ("env_id", "total_timesteps")}
-LONG = flags(**SETTINGS | {"total_timesteps": 10_000_000, "checkpoint_interval": 2})
+LONG = flags(**SETTINGS | {"total_timesteps": 10_000_000, "checkpoint_interval": 2, "eval_interval": 50})
 SHORT = flags(**SETTINGS | {"total_timesteps": 10 * BATCH_SIZE})
 PPO = "fruitbot__ppo_procgen__1"
 MDPO = "fruitbot__mdpo_procgen__1"
@@ -263,7 +263,7 @@ def test_killed_stopped_and_started_again(start_sweep, tmp_path):
     assert "0 finished, 2 interrupted, 0 new" in second.communicate(timeout=60)[0]
     wait_until(lambda: not workers(out), out)
 
-    end = max(map(max, curves(out))) + 20 * BATCH_SIZE
+    end = max(max(steps, default=0) for steps in curves(out)) + 10 * BATCH_SIZE
     third = start_sweep([*LONG, "--total-timesteps", str(end)])
     printed, errors = third.communicate(timeout=300)
     assert third.returncode == 0 and "2 of 2 finished" in printed, errors
