@@ -9,9 +9,8 @@ Actions are sampled from the policy.
 import importlib.util
 import math
 import re
-import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -89,11 +88,11 @@ class Episode:
     `over`; `picture`, uint8 (512, 512, 3), the last before the end, if it is rendered.
     """
 
-    def __init__(self, env_id: str, distribution_mode: str, level: int, render_mode: str | None = None):
+    def __init__(self, game: TrainingArgs, level: int, render_mode: str | None = None):
         self.env = ProcgenGym3Env(
             num=1,
-            env_name=env_id,
-            distribution_mode=distribution_mode,
+            env_name=game.env_id,
+            distribution_mode=game.distribution_mode,
             start_level=level,
             num_levels=1,
             rand_seed=0,  # nothing depends on it: it chooses among the levels
@@ -130,34 +129,26 @@ def sample_actions(agent: Agent, obs: np.ndarray) -> list[int]:
 # Returns on chosen levels.
 
 
-def play_levels(agent: Agent, game: tuple[str, str], levels: range, repeats: int) -> Iterator[Episode]:
-    """Yields the episodes as they end, `repeats` on each level. Each that begins is played to its end: short
-    ones do not count more than long ones."""
+def measure(checkpoint: Checkpoint, game: TrainingArgs, levels: range, repeats: int) -> pd.DataFrame:
+    """A row for each level, of `repeats` episodes. Each that begins is played to its end and counts, so the
+    short ones do not count more than the long ones."""
     waiting = (level for level in levels for _ in range(repeats))
     running = []
-    while True:
-        for level in islice(waiting, PARALLEL - len(running)):
-            running.append(Episode(*game, level))
-        if not running:
-            return
+    records = []
+    bar = tqdm(desc=str(checkpoint.path), total=len(levels) * repeats, unit="episode", disable=None)
+    while len(records) < bar.total:
+        running += [Episode(game, level) for level in islice(waiting, PARALLEL - len(running))]
         obs = np.concatenate([episode.obs for episode in running])
-        for episode, action in zip(running, sample_actions(agent, obs)):
+        for episode, action in zip(running, sample_actions(checkpoint.agent, obs)):
             episode.step(action)
-        yield from [episode for episode in running if episode.over]
+            if episode.over:
+                records.append((episode.level, episode.total, episode.steps))
+                bar.update()
         running = [episode for episode in running if not episode.over]
-
-
-def measure(checkpoint: Checkpoint, game: tuple[str, str], levels: range, repeats: int) -> pd.DataFrame:
-    """A row for each level."""
-    episodes = play_levels(checkpoint.agent, game, levels, repeats)
-    total = len(levels) * repeats
-    bar = tqdm(episodes, str(checkpoint.path), total, leave=False, unit="episode", disable=None)
-    records = [(episode.level, episode.total, episode.steps) for episode in bar]
-    by_level = pd.DataFrame(records, columns=["level", "return", "length"]).groupby("level", as_index=False)
-    table = by_level.agg(
-        mean_return=("return", "mean"), mean_length=("length", "mean"), episodes=("return", "size")
-    )
-    return table.assign(agent=checkpoint.path, global_step=checkpoint.global_step)
+    bar.close()
+    by_level = pd.DataFrame(records, columns=["level", "mean_return", "mean_length"]).groupby("level")
+    table = by_level.mean().reset_index()
+    return table.assign(episodes=repeats, agent=checkpoint.path, global_step=checkpoint.global_step)
 
 
 def summarize(table: pd.DataFrame) -> str:
@@ -169,15 +160,6 @@ def summarize(table: pd.DataFrame) -> str:
 
 
 # Videos.
-
-
-def find_ffmpeg() -> str:
-    """That of imageio-ffmpeg, which gym3 brings, or the system's. The package is not imported: the version
-    that gym3 wants needs an older setuptools."""
-    package = importlib.util.find_spec("imageio_ffmpeg")
-    programs = Path(package.origin).parent.glob("binaries/ffmpeg-*") if package else []
-    program = next(iter(programs), shutil.which("ffmpeg"))
-    return str(program or fail("a video needs ffmpeg: install it, or imageio-ffmpeg"))
 
 
 def draw_frame(titles: list[str], episodes: list[Episode]) -> Image.Image:
@@ -197,13 +179,11 @@ def draw_frame(titles: list[str], episodes: list[Episode]) -> Image.Image:
     return frame
 
 
-def draw_levels(
-    checkpoints: list[Checkpoint], game: tuple[str, str], levels: range, max_steps: int
-) -> Iterator[Image.Image]:
-    """Frames of all agents on the same levels; who is done first waits for the others. Prints the returns."""
+def draw_levels(checkpoints: list[Checkpoint], game: TrainingArgs, levels: range, max_steps: int):
+    """Yields frames of all agents on the same levels; who is done first waits. Prints the returns."""
     titles = [describe(checkpoint) for checkpoint in checkpoints]
     for level in levels:
-        episodes = [Episode(*game, level, "rgb_array") for _ in checkpoints]
+        episodes = [Episode(game, level, "rgb_array") for _ in checkpoints]
         while not all(episode.over for episode in episodes):
             yield draw_frame(titles, episodes)
             for checkpoint, episode in zip(checkpoints, episodes):
@@ -217,25 +197,29 @@ def draw_levels(
         print(f"level {level}: return {returns}", flush=True)
 
 
-def write_video(ffmpeg: str, path: Path, frames: Iterable[Image.Image]):
-    command = [ffmpeg, "-loglevel", "error", "-y", "-f", "image2pipe", "-c:v", "ppm"]
-    command += ["-r", str(FRAMES_PER_SECOND), "-i", "-", "-c:v", "libx264", "-pix_fmt", "yuv420p"]
+def find_ffmpeg() -> str:
+    """That of imageio-ffmpeg. To import the version that gym3 brings would need an older setuptools."""
+    package = importlib.util.find_spec("imageio_ffmpeg")
+    [program] = Path(package.origin).parent.glob("binaries/ffmpeg-*")
+    return str(program)
+
+
+def write_video(path: Path, frames: Iterable[Image.Image]):
+    """And its beginning as a GIF beside it: 20 seconds, or as many as 3 MB hold."""
+    ffmpeg = [find_ffmpeg(), "-loglevel", "error", "-y"]
     with replacing(path) as unfinished:
-        with subprocess.Popen([*command, str(unfinished)], stdin=subprocess.PIPE) as process:
+        source = ["-f", "image2pipe", "-c:v", "ppm", "-r", str(FRAMES_PER_SECOND), "-i", "-"]
+        target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", str(unfinished)]
+        with subprocess.Popen(ffmpeg + source + target, stdin=subprocess.PIPE) as process:
             for frame in frames:
                 frame.save(process.stdin, "ppm")
         if process.returncode:
             raise OSError(f"ffmpeg could not write {path}")
-
-
-def write_gif(ffmpeg: str, path: Path, video: Path):
-    """The video's beginning, 20 seconds or as many as 3 MB hold."""
-    size = "fps=10,scale=min(480\\,iw):-2:flags=area"
-    colors = "split[a][b];[a]palettegen=max_colors=96[p];[b][p]paletteuse=dither=none"
-    command = [ffmpeg, "-loglevel", "error", "-y", "-t", "20", "-i", str(video)]
-    command += ["-filter_complex", f"{size},{colors}", "-fs", "3M"]
-    with replacing(path) as unfinished:
-        subprocess.run([*command, str(unfinished)], check=True)
+    with replacing(path.with_suffix(".gif")) as unfinished:
+        size = "fps=10,scale=min(480\\,iw):-2:flags=area"
+        colors = "split[a][b];[a]palettegen=max_colors=96[p];[b][p]paletteuse=dither=none"
+        target = ["-filter_complex", f"{size},{colors}", "-fs", "3M", str(unfinished)]
+        subprocess.run([*ffmpeg, "-t", "20", "-i", str(path), *target], check=True)
 
 
 def describe(checkpoint: Checkpoint) -> str:
@@ -248,16 +232,15 @@ def describe(checkpoint: Checkpoint) -> str:
     return words
 
 
-def find_game(checkpoints: list[Checkpoint], mode: str | None) -> tuple[str, str]:
-    """The game and distribution mode that all of them play; `mode` takes the place of their own. Raises
-    ValueError if there is none, or if Procgen has not this game in this mode."""
+def find_game(checkpoints: list[Checkpoint], mode: str | None) -> TrainingArgs:
+    """The game and distribution mode of all agents; `mode` takes the place of their own. Raises ValueError
+    if they differ, or if the game does not have that mode."""
     games = {(each.args["env_id"], mode or each.args["distribution_mode"]) for each in checkpoints}
     if len(games) > 1:
         words = ", ".join(sorted(map(" ".join, games)))
         raise ValueError(f"CHECKPOINTS must be of one game in one distribution mode, not {words}")
     [(env_id, distribution_mode)] = games
-    TrainingArgs(env_id=env_id, distribution_mode=distribution_mode, device="cpu")
-    return env_id, distribution_mode
+    return TrainingArgs(env_id=env_id, distribution_mode=distribution_mode, device="cpu")
 
 
 def main(args: Args):
@@ -281,11 +264,9 @@ def main(args: Args):
                 pd.concat(tables).to_csv(unfinished, index=False, float_format="%.6g")
 
     if args.video or not args.levels:
-        path = args.video or Path("videos", f"{game[0]}.mp4")
-        ffmpeg = find_ffmpeg()
+        path = args.video or Path("videos", f"{game.env_id}.mp4")
         torch.manual_seed(args.seed)
-        write_video(ffmpeg, path, draw_levels(checkpoints, game, levels, args.max_steps))
-        write_gif(ffmpeg, path.with_suffix(".gif"), path)
+        write_video(path, draw_levels(checkpoints, game, levels, args.max_steps))
         print(f"wrote {path} and {path.with_suffix('.gif')}")
 
 
