@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -121,8 +122,10 @@ def test_actions_are_sampled_from_the_policy():
 
 
 class Countdown:
-    """In place of an Episode: shows its level, wants it as the action, and pays it 1, 2 or 3 times."""
+    """In place of an Episode: shows its level, wants it as the action, and pays it. It lasts 1, 2 or 3 steps,
+    and every fifth 10 more."""
 
+    number = 0
     running = 0
     most_running = 0
 
@@ -132,6 +135,10 @@ class Countdown:
         self.steps = 0
         self.total = 0.0
         self.over = False
+        self.length = level % 3 + 1
+        if Countdown.number % 5 == 0:
+            self.length += 10
+        Countdown.number += 1
         Countdown.running += 1
         Countdown.most_running = max(Countdown.most_running, Countdown.running)
 
@@ -140,20 +147,20 @@ class Countdown:
         assert not self.over
         self.steps += 1
         self.total += self.level
-        self.over = self.steps == self.level % 3 + 1
+        self.over = self.steps == self.length
         Countdown.running -= self.over
 
 
 def test_every_episode_counts_once(monkeypatch):
-    """However short it is."""
+    """However short it is. Here five on each level, one of them long."""
     monkeypatch.setattr(play, "Episode", Countdown)
     monkeypatch.setattr(play, "PARALLEL", 4)
     monkeypatch.setattr(play, "sample_actions", lambda agent, obs: obs[:, 0, 0, 0].tolist())
     checkpoint = play.Checkpoint(Path("agent.pt"), "ppo_procgen", {}, 5, None)
     table = play.measure(checkpoint, make_game(), range(3, 10), 5)
     assert table.level.tolist() == [3, 4, 5, 6, 7, 8, 9]
-    assert table.mean_length.tolist() == [1, 2, 3, 1, 2, 3, 1]
-    assert table.mean_return.tolist() == [3, 8, 15, 6, 14, 24, 9]
+    assert table.mean_length.tolist() == [3, 4, 5, 3, 4, 5, 3]
+    assert table.mean_return.tolist() == [9, 16, 25, 18, 28, 40, 27]
     assert set(table.episodes) == {5}
     assert (Countdown.running, Countdown.most_running) == (0, 4)
 
@@ -206,6 +213,13 @@ def test_frames(agents, monkeypatch, capsys):
         assert titles == ["mine, seed 1, 1,000 steps", "mine, seed 2, agent 2, 1,000 steps"]
         return [(each.level, each.steps, each.over, each.picture.tobytes()) for each in episodes]
 
+    def sample_actions(agent: Agent, obs: np.ndarray) -> list[int]:
+        played[agent] += 1
+        return sampled(agent, obs)
+
+    sampled = play.sample_actions
+    played = Counter()
+    monkeypatch.setattr(play, "sample_actions", sample_actions)
     monkeypatch.setattr(play, "draw_frame", draw_frame)
     checkpoints = [play.read_agent(path) for path in agents]
     torch.manual_seed(0)
@@ -223,6 +237,7 @@ def test_frames(agents, monkeypatch, capsys):
         numbers = re.fullmatch(rf"level {level}: return \S+ in (\d+) steps, \S+ in (\d+) steps", line)
         assert [int(number) for number in numbers.groups()] == steps
         all_steps += steps
+    assert [played[each.agent] for each in checkpoints] == [sum(all_steps[::2]), sum(all_steps[1::2])]
     assert max(all_steps) == 45
     assert min(all_steps) < 45
 
@@ -253,7 +268,10 @@ def test_text_tells_return_and_end():
     for frame, later in pairwise(frames):
         changed = frame != later
         assert changed[36:72].any()
-        assert not changed[:36].any() and not changed[72:].any()
+        assert not changed[:36].any()
+        assert not changed[72:].any()
+    widths = [frame[36:72].any(axis=(0, 2)).nonzero()[0].max() for frame in frames]
+    assert widths[2] > widths[1] + 20
 
 
 def test_files(agents, capsys):
@@ -275,6 +293,15 @@ def test_video_of_chosen_levels(agents, capsys):
     assert last == "wrote film.mp4 and film.gif"
 
 
+def test_seed_of_a_video(agents, monkeypatch):
+    films = []
+    monkeypatch.setattr(play, "write_video", lambda path, frames: films.append([*map(np.asarray, frames)]))
+    for seed in (3, 3, 4):
+        run(agents[0], "--max-steps", "5", "--seed", seed)
+    assert np.array_equal(films[0], films[1])
+    assert not np.array_equal(films[0], films[2])
+
+
 @pytest.mark.parametrize(("size", "num", "least"), [(480, 40, 10), (16, 400, 190)])
 def test_gif_is_small(size, num, least, tmp_path):
     """3 MB of large noisy frames; of small ones 20 seconds."""
@@ -289,7 +316,7 @@ def test_gif_is_small(size, num, least, tmp_path):
 def test_failed_video_leaves_the_old_one(tmp_path, monkeypatch):
     monkeypatch.setattr(play, "find_ffmpeg", lambda: "false")
     (tmp_path / "film.mp4").write_bytes(b"before")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="ffmpeg could not write"):
         play.write_video(tmp_path / "film.mp4", [])
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("film.mp4", b"before")]
 
