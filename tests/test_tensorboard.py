@@ -1,6 +1,8 @@
-"""What TensorBoard's page shows of runs, asked of its own server, with either of its readers."""
+"""The curves of runs: their tags, one point an iteration, and what TensorBoard's page shows of them."""
 
+import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -10,41 +12,130 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
-from common import TINY, copy_run, flags, read_points, train, train_straight
+from common import TINY, agent_folders, copy_run, flags, read_curves, read_points, run_folder, train, train_straight
 
-# 4 iterations, with a checkpoint after the second and a test after the third.
+# 4 iterations, with a checkpoint and a test after the second and the fourth.
 STEPS = [128, 256, 384, 512]
+TEST_STEPS = STEPS[1::2]
 SETTINGS = TINY | {
     "num_steps": 32,
-    "total_timesteps": 512,
+    "total_timesteps": 600,
     "checkpoint_interval": 2,
+    "eval_interval": 2,
     "final_eval_episodes": 2,
+}
+TRAINING_TAGS = {
+    "charts/episodic_return",
+    "charts/episodic_length",
+    "charts/SPS",
+    "charts/learning_rate",
+    "losses/policy_loss",
+    "losses/value_loss",
+    "losses/entropy",
+    "losses/old_approx_kl",
+    "losses/approx_kl",
+    "losses/clipfrac",
+    "losses/explained_variance",
+}
+TEST_TAGS = {"charts/test_episodic_return", "charts/generalization_gap"}
+# Tag, and the range of its values; finite for all that are not named.
+RANGES = {
+    "losses/entropy": (1, math.log(15) + 1e-5),
+    "losses/clipfrac": (0, 1),
+    "losses/ratio_deviation": (0, 1e3),
+    "losses/explained_variance": (-1e9, 1),
+    "losses/approx_kl": (-1e-6, 1e3),
+    "losses/mutual_kl": (0, 1e3),
+    "charts/learning_rate": (4.999e-4, 5.001e-4),
+    "charts/SPS": (1e-3, 1e9),
+    "charts/episodic_length": (1, 1e3),
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with the runs of one agent, of the same one killed and resumed, and of a pair; and for each of
-    their names on the page the script."""
+    """A run of one agent, the same killed after its second iteration and resumed, and a pair: each path, and
+    its curves."""
     folder = tmp_path_factory.mktemp("logs")
     for each in ("one", "pair", "resumed"):
         (folder / each).mkdir()
-    one = train_straight("ppo_procgen", folder / "one", SETTINGS)
+    one = train_straight("spo_procgen", folder / "one", SETTINGS)
     pair = train_straight("mdpo_procgen", folder / "pair", SETTINGS)
     resumed = copy_run(one, 2, folder / "resumed", finished=False)
     assert train(one.script, folder / "resumed", "--resume", resumed, *flags(device="cpu")) == 0
-    scripts = {
-        one.run_dir: one.script,
-        resumed: one.script,
-        pair.run_dir / "agent_1": pair.script,
-        pair.run_dir / "agent_2": pair.script,
-    }
-    return SimpleNamespace(
-        folder=folder,
-        scripts={str(path.relative_to(folder)): script for path, script in scripts.items()},
-        resumed=str(resumed.relative_to(folder)),
-        mutual=pair.script,
-    )
+    folders = [one.run_dir, resumed, *agent_folders("mdpo_procgen", pair.run_dir)]
+    assert len(folders) == 4
+    return SimpleNamespace(folder=folder, folders=folders, resumed=resumed, pair=folders[2:])
+
+
+def test_tags(runs):
+    """CleanRL's, and ours beside them: the same for one agent and for each of a pair, but for mutual_kl."""
+    for folder in runs.folders:
+        curves = read_curves(folder)
+        assert curves.keys() >= TRAINING_TAGS | TEST_TAGS
+        assert ("losses/mutual_kl" in curves) == (folder in runs.pair)
+        assert {tag.split("/")[0] for tag in curves} == {"charts", "losses"}
+
+
+def test_one_point_an_iteration(runs):
+    """Except for episodes, which do not end in all, and tests. The resumed run has no point twice."""
+    for folder in runs.folders:
+        for tag, points in read_points(folder).items():
+            steps = [step for step, _ in points]
+            if tag.startswith("charts/episodic_"):
+                assert set(steps) <= set(STEPS)
+                assert len(set(steps)) == len(steps) > 0
+            elif tag in TEST_TAGS:
+                assert steps == TEST_STEPS, tag
+            else:
+                assert steps == STEPS, tag
+
+
+def test_values(runs):
+    for folder in runs.folders:
+        curves = read_curves(folder)
+        for tag, curve in curves.items():
+            low, high = RANGES.get(tag, (-1e9, 1e9))
+            for value in curve.values():
+                assert low <= value <= high, tag
+        for step, gap in curves["charts/generalization_gap"].items():
+            before = [value for at, value in curves["charts/episodic_return"].items() if at <= step]
+            assert gap == pytest.approx(before[-1] - curves["charts/test_episodic_return"][step], abs=1e-4)
+
+
+def test_agents_have_curves_of_their_own(runs):
+    first, second = (read_curves(folder) for folder in runs.pair)
+    for tag in ("losses/value_loss", "losses/mutual_kl", "losses/explained_variance"):
+        assert first[tag] != second[tag]
+
+
+def test_steps_per_second_are_those_of_this_process(tmp_path, monkeypatch):
+    """Of one agent, and of what has been played since it was resumed. Here an iteration takes 10 seconds."""
+    for name, num_steps in [("ppo_procgen", 320), ("mdpo_procgen", 192)]:
+        script = importlib.import_module(name)
+        clock = SimpleNamespace(now=1000.0)
+        rollout = script.rollout
+
+        def play_for_ten_seconds(*inputs, rollout=rollout, clock=clock):
+            rollout(*inputs)
+            clock.now += 10
+
+        times = SimpleNamespace(time=lambda clock=clock: clock.now, perf_counter=time.perf_counter)
+        monkeypatch.setattr(script, "time", times)
+        monkeypatch.setattr(script, "rollout", play_for_ten_seconds)
+        settings = SETTINGS | {"num_steps": 16, "total_timesteps": 128, "eval_interval": 0}
+        folder = tmp_path / name
+        folder.mkdir()
+        assert train(script, folder, *flags(**settings)) == 0
+        run_dir = run_folder(folder)
+        words = ["--resume", run_dir, *flags(device="cpu", total_timesteps=num_steps)]
+        assert train(script, folder, *words) == 0
+        speeds = read_curves(agent_folders(name, run_dir)[-1])["charts/SPS"]
+        assert list(speeds) == list(range(64, num_steps + 1, 64))
+        assert set(speeds.values()) == {pytest.approx(6.4)}
+
+
+# The page, asked of its own server.
 
 
 class Page:
@@ -54,59 +145,30 @@ class Page:
         self.address = address
 
     def get(self, path: str, **query):
-        with urlopen(f"{self.address}data/plugin/{path}?{urlencode(query)}") as answer:
+        with urlopen(f"{self.address}data/plugin/{path}?{urlencode(query)}", timeout=60) as answer:
             return json.load(answer)
-
-    def descriptions(self) -> dict[str, dict[str, str]]:
-        """{run: {tag: what the tab Scalars says of it}}"""
-        found = {}
-        for run, tags in self.get("scalars/tags").items():
-            found[run] = {}
-            for tag, about in tags.items():
-                found[run][tag] = re.sub("<[^>]*>", "", about["description"])
-        return found
 
     def steps(self, run: str, tag: str) -> list[int]:
         points = self.get("scalars/scalars", run=run, tag=tag)
         return [step for _, step, _ in points]
 
-    def layout(self) -> list[tuple]:
-        """Category, title and tags of each chart in the tab Custom Scalars."""
-        found = []
-        for category in self.get("custom_scalars/layout")["category"]:
-            for chart in category["chart"]:
-                tags = chart["multiline"]["tag"]
-                found.append((category["title"], chart["title"], tags))
-        return found
-
-    def drawn(self, run: str, tags: list[str]) -> set[str]:
-        """The curves of a run in a chart there, whose tags are regular expressions."""
-        found = set()
-        for tag in tags:
-            answer = self.get("custom_scalars/scalars", run=run, tag=tag)
-            found |= answer["tag_to_events"].keys()
-        return found
-
-    def wait_for(self, runs):
-        """Until it has read as many iterations as they have."""
-        expected = {}
-        for run in runs.scripts:
-            points = read_points(runs.folder / run)
-            expected[run] = len(points["charts/SPS"])
-        found = {}
-        deadline = time.time() + 30
-        while found != expected:
-            assert time.time() < deadline, found
-            found = {}
-            for run, tags in self.descriptions().items():
-                if "charts/SPS" in tags:
-                    found[run] = len(self.steps(run, "charts/SPS"))
+    def wait_for(self, names: list[str]):
+        """Until it has read the runs to their end."""
+        deadline = time.time() + 60
+        while time.time() < deadline:
+            tags = self.get("scalars/tags")
+            read = [name for name in names if "charts/SPS" in tags.get(name, {})]
+            if read == names and all(self.steps(name, "charts/SPS")[-1] == STEPS[-1] for name in names):
+                return
+            time.sleep(0.2)
+        raise AssertionError(f"of {names} it has read {read}")
 
 
 @pytest.fixture(scope="module", params=["true", "false"], ids=["fast", "slow"])
 def page(runs, request):
-    command = [sys.executable, "-m", "tensorboard.main"]
-    command += ["--logdir", str(runs.folder), "--port", "0", f"--load_fast={request.param}"]
+    """With either of TensorBoard's readers of files."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs.folder)]
+    command += ["--port", "0", f"--load_fast={request.param}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
             address = None
@@ -115,42 +177,28 @@ def page(runs, request):
                 assert line, "the server has ended"
                 address = re.search(r"TensorBoard \S+ at (\S+)", line)
             page = Page(address[1])
-            page.wait_for(runs)
+            page.wait_for([str(folder.relative_to(runs.folder)) for folder in runs.folders])
             yield page
         finally:
             server.terminate()
 
 
-def test_every_curve_is_described_and_no_other(runs, page):
-    expected = {run: script.DESCRIPTIONS for run, script in runs.scripts.items()}
-    assert page.descriptions() == expected
-
-
 def test_a_resumed_run_has_each_point_once(runs, page):
-    assert page.steps(runs.resumed, "losses/value_loss") == STEPS
-    assert page.steps(runs.resumed, "charts/test_episodic_return") == STEPS[2:3]
-
-
-def test_several_runs_have_each_chart_once(runs, page):
-    charts = []
-    for category, content in runs.mutual.LAYOUT.items():
-        for title, (_, tags) in content.items():
-            charts.append((category, title, tags))
-    assert sorted(page.layout()) == sorted(charts)
-
-
-def test_a_chart_shows_the_curves_that_it_names(runs, page):
-    """Of every run, but for those that only a pair has."""
-    for _, title, tags in page.layout():
-        for run, script in runs.scripts.items():
-            expected = set(tags) & script.DESCRIPTIONS.keys()
-            assert page.drawn(run, tags) == expected, title
-            assert expected or tags == ["losses/mutual_kl"]
+    name = str(runs.resumed.relative_to(runs.folder))
+    assert page.steps(name, "losses/value_loss") == STEPS
+    assert page.steps(name, "charts/test_episodic_return") == TEST_STEPS
 
 
 def test_one_chart_has_training_and_test_of_all_agents(runs, page):
-    both = {"charts/episodic_return", "charts/test_episodic_return"}
-    (tags,) = [tags for _, _, tags in page.layout() if both <= set(tags)]
-    assert len(runs.scripts) == 4
-    for run in runs.scripts:
-        assert page.drawn(run, tags) == both
+    """Once, however many runs there are, and no other curve."""
+    charts = [
+        chart for category in page.get("custom_scalars/layout")["category"] for chart in category["chart"]
+    ]
+    (chart,) = charts
+    for folder in runs.folders:
+        drawn = set()
+        for tag in chart["multiline"]["tag"]:
+            name = str(folder.relative_to(runs.folder))
+            answer = page.get("custom_scalars/scalars", run=name, tag=tag)
+            drawn |= answer["tag_to_events"].keys()
+        assert drawn == {"charts/episodic_return", "charts/test_episodic_return"}
