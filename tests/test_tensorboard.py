@@ -12,7 +12,17 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
-from common import TINY, agent_folders, copy_run, flags, read_curves, read_points, run_folder, train, train_straight
+from common import (
+    TINY,
+    agent_folders,
+    copy_run,
+    flags,
+    read_curves,
+    read_points,
+    run_folder,
+    train,
+    train_straight,
+)
 
 # 4 iterations, with a checkpoint and a test after the second and the fourth.
 STEPS = [128, 256, 384, 512]
