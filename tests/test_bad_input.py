@@ -5,13 +5,12 @@ import importlib
 import os
 import signal
 import sys
-from dataclasses import asdict
 from itertools import cycle
 from typing import get_type_hints
 
 import pytest
 import torch
-from common import MUTUAL, ROOT, SCRIPTS, SINGLE, TINY, error_message, flags, parse, run_script, train
+from common import MUTUAL, ROOT, SCRIPTS, SINGLE, TINY, error_message, flags, run_script, train
 
 GAMES = (
     "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze".split()
@@ -167,32 +166,6 @@ def test_what_is_just_right(mutual):
     mutual.Args(exp_name="wide_x+2=a-b.c", final_eval_episodes=2**16)
     args = mutual.Args(num_envs=1, num_steps=2, num_minibatches=1, total_timesteps=2)
     assert (args.batch_size, args.minibatch_size) == (2, 2)
-
-
-def test_numbers_of_dots_and_dashes_are_read(tmp_path, monkeypatch):
-    """As a shell's user may write them."""
-    script = importlib.import_module("spo_procgen")
-    accepted = []
-    monkeypatch.setattr(script, "main", lambda args, stop: accepted.append(args))
-    words = "--num_envs=8 --learning-rate 1e-4 --channels 4 8 8 --no-compile --seed 1 --seed 2 --resume="
-    assert train(script, tmp_path, *words.split()) == 0
-    (args,) = accepted
-    assert (args.num_envs, args.learning_rate, args.channels) == (8, 1e-4, (4, 8, 8))
-    assert (args.compile, args.seed, args.resume) == (False, 2, "")
-
-
-def test_auto_takes_the_settings_of_the_run(tmp_path, monkeypatch):
-    """Game, name and seed choose it; what else is given is for it, as where --resume names its folder."""
-    script = importlib.import_module("ppo_procgen")
-    args = script.Args(**TINY)
-    header = {"script": "ppo_procgen", "args": asdict(args), "global_step": 448, "runners": []}
-    run_dir = tmp_path / "runs" / "fruitbot__ppo_procgen__1__1700000000"
-    run_dir.mkdir(parents=True)
-    torch.save(header, run_dir / "checkpoint.pt")
-    for words in (["--resume", run_dir], ["--resume", "auto", "--env-id", "fruitbot"]):
-        args = parse(script, tmp_path, *words, "--total-timesteps", "1000")
-        assert args.total_timesteps == 1000
-        assert args.num_envs == TINY["num_envs"]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,10 +1,9 @@
 """README.md and docs/: links, pictures, flags and names lead somewhere, and commands are understood."""
 
-import dataclasses
+import ast
 import importlib
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -88,8 +87,7 @@ def commands_of(page: Path) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with runs, and what a command's files and packages would hold."""
-    (tmp_path / "runs").mkdir()
+    """A folder to run commands in, with wandb, and with a network in every file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wandb.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
@@ -110,6 +108,8 @@ def understand(command: str):
     if "--help" in words:
         return
     for word in words:
+        if re.fullmatch(r"runs[\w/]*", word):
+            Path(word).mkdir(parents=True, exist_ok=True)
         if re.fullmatch(r"[\w./+-]+\.(pt|csv|whl|json)", word):
             assert not word.startswith(("benchmark/", "docs/")) or (ROOT / word).exists()
             Path(word).parent.mkdir(parents=True, exist_ok=True)
@@ -144,36 +144,36 @@ def test_commands_are_found_and_wrong_ones_are_not_understood(place):
 
 # Flags and names.
 
+SOURCES = [
+    path.read_text()
+    for folder in (".", "benchmark", "docs", "tests")
+    for path in (ROOT / folder).glob("*.py")
+]
 
-def all_sources() -> dict[str, str]:
-    listing = subprocess.run(
-        ["git", "ls-files", "*.py"], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    return {name: (ROOT / name).read_text() for name in listing.stdout.splitlines() if (ROOT / name).exists()}
 
-
-def flags_of_all() -> set[str]:
-    """Of the training scripts and the tools."""
+def all_flags() -> set[str]:
+    """Of the training scripts and the tools: the fields of each class Args."""
     flags = {"--help"}
-    for name, text in all_sources().items():
-        if re.search(r"^class Args\b", text, re.M):
-            for each in dataclasses.fields(importlib.import_module(Path(name).stem).Args):
-                flag = each.name.replace("_", "-")
-                flags |= {f"--{flag}", f"--no-{flag}"}
-    assert len(flags) > 100
+    for source in SOURCES:
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and node.name == "Args":
+                for field in node.body:
+                    if isinstance(field, ast.AnnAssign):
+                        flag = field.target.id.replace("_", "-")
+                        flags |= {f"--{flag}", f"--no-{flag}"}
     return flags
 
 
 @ON_EVERY_PAGE
 def test_flags_exist(page):
-    """Those that a sentence begins a piece of code with."""
+    """Those that a piece of code in a sentence begins with."""
     named = [flag for code in code_in(page.read_text()) for flag in re.findall(r"^--[a-z][\w-]*", code)]
-    assert set(named) <= flags_of_all()
+    assert set(named) - all_flags() == set()
 
 
 @ON_EVERY_PAGE
-def test_functions_exist(page):
-    """A name_with_underscores between backticks stands in the code, if only as a setting's or a column's."""
-    text = "\n".join(all_sources().values())
-    gone = [name for name in code_in(page.read_text()) if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+", name)]
-    assert [name for name in gone if not re.search(rf"\b{name}\b", text)] == []
+def test_names_exist(page):
+    """A name_with_underscores between backticks stands somewhere in the code."""
+    code = "\n".join(SOURCES)
+    names = [name for name in code_in(page.read_text()) if re.fullmatch(r"[a-z]+(_[a-z]+)+", name)]
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []

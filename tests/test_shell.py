@@ -19,7 +19,6 @@ from common import (
     ROOT,
     SCRIPTS,
     TINY,
-    Fork,
     agent_folders,
     flags,
     load,
@@ -146,15 +145,6 @@ def test_output(finished):
     assert re.search(r"returns=\[" + ", ".join(["-?[0-9.]+"] * len(finished.folders)) + r"\]", last_bar)
 
 
-def test_without_tests(tmp_path):
-    """With --eval-interval 0 none runs, during training or after."""
-    script = importlib.import_module("mdspo_procgen")
-    assert train(script, tmp_path, *flags(**SETTINGS | {"eval_interval": 0})) == 0
-    assert not (run_folder(tmp_path) / "final_test.json").exists()
-    for folder in agent_folders("mdspo_procgen", run_folder(tmp_path)):
-        assert "charts/test_episodic_return" not in read_curves(folder)
-
-
 def test_track(tmp_path, monkeypatch):
     """With an imitation of wandb: it is told of the run before the curves begin, and of the same run when it
     goes on. WANDB_PROJECT and WANDB_ENTITY, which wandb itself reads, say where to."""
@@ -166,101 +156,41 @@ def test_track(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     import wandb
 
-    files = []
-    monkeypatch.setattr(script, "SummaryWriter", watch_order(script.SummaryWriter, wandb.calls, files))
-    settings = SETTINGS | {"total_timesteps": BATCH_SIZE, "eval_interval": 0}
-    assert train(script, tmp_path, *flags(**settings)) == 0
-    assert wandb.calls == []
-    assert train(script, tmp_path, *flags(**settings | {"seed": 2, "track": True})) == 0
-    (run_dir,) = (tmp_path / "runs").glob("fruitbot__mdpo_procgen__2__*")
-    words = ["--resume", run_dir, "--device", "cpu", "--total-timesteps", 2 * BATCH_SIZE]
-    assert train(script, tmp_path, *words) == 0
-    first, second = wandb.calls
-    assert first["id"] == second["id"] == run_dir.name
-    assert first["resume"] == "allow"
-    assert first["sync_tensorboard"] is True
-    assert first["config"] == asdict(script.Args(**settings | {"seed": 2, "track": True}))
-    assert first.keys() == {"id", "resume", "config", "sync_tensorboard"}
-    assert files == [0, 0, 1, 1, 2, 2]
-    monkeypatch.delitem(sys.modules, "wandb")
+    calls_before = []
+    make_writer = script.SummaryWriter
 
-
-def watch_order(make_writer, calls: list, noted: list):
-    """Notes how often wandb had been called when a writer was made."""
-
-    def make(*inputs, **options):
-        noted.append(len(calls))
+    def note_calls(*inputs, **options):
+        calls_before.append(len(wandb.calls))
         return make_writer(*inputs, **options)
 
-    return make
-
-
-# Levels, and numbers that are known.
-
-
-class Noted:
-    """Environments that note the level of each environment before each step."""
-
-    def __init__(self, envs, options):
-        self.envs = envs
-        self.num, self.num_levels, self.start_level, self.seed = options
-        self.levels = []
-
-    def act(self, actions):
-        self.levels.append([info["level_seed"] for info in self.envs.get_info()])
-        self.envs.act(actions)
-
-    def __getattr__(self, name):
-        return getattr(self.envs, name)
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_levels_that_are_played(name, tmp_path, monkeypatch):
-    """The protocol of the paper: training, and one of the two final tests, on the training levels alone; the
-    other tests on levels of the full distribution, each test on others. So the environments say."""
-    script = importlib.import_module(name)
-    all_envs = []
-    make_envs = script.make_envs
-
-    def note_envs(args, *options):
-        all_envs.append(Noted(make_envs(args, *options), options))
-        return all_envs[-1]
-
-    monkeypatch.setattr(script, "make_envs", note_envs)
-    settings = SETTINGS | {"total_timesteps": 4 * BATCH_SIZE, "update_epochs": 1}
-    settings |= {"num_levels": 3, "start_level": 1000, "num_eval_envs": 3, "final_eval_episodes": 6}
+    monkeypatch.setattr(script, "SummaryWriter", note_calls)
+    settings = SETTINGS | {"total_timesteps": BATCH_SIZE, "eval_interval": 0, "track": True}
     assert train(script, tmp_path, *flags(**settings)) == 0
-    training = {1000, 1001, 1002}
-    num_agents = 2 if name in MUTUAL else 1
-    played = {"training": [], "test": [], "final_test": [], "training_levels": []}
-    for envs in all_envs:
-        kind = {3: "test", 6: "final_test"}.get(envs.num, "training")
-        if envs.num == 6 and envs.num_levels > 0:
-            kind = "training_levels"
-        played[kind].append({level for row in envs.levels for level in row})
-    assert len(played["training"]) == 2
-    assert set.union(*played["training"]) <= training
-    assert [len(played[kind]) for kind in list(played)[1:]] == [2 * num_agents, num_agents, num_agents]
-    for levels in played["training_levels"]:
-        assert levels <= training
-        assert len(levels) > 1
-    for levels in played["test"] + played["final_test"]:
-        assert len(levels) >= 3
-        assert not levels & training
-        assert max(levels) > 10_000
-    assert played["test"][0].isdisjoint(played["test"][-1])
-    seeds = [envs.seed for envs in all_envs if envs.num < 3]
-    assert len(set(seeds)) == len(seeds)
+    run_dir = run_folder(tmp_path)
+    words = ["--resume", run_dir, "--device", "cpu", "--total-timesteps"]
+    assert train(script, tmp_path, *words, 2 * BATCH_SIZE) == 0
+    assert train(script, tmp_path, *words, 3 * BATCH_SIZE, "--no-track") == 0
+    assert calls_before == [1, 1, 2, 2, 2, 2]
+    for call, step in zip(wandb.calls, (1, 2), strict=True):
+        config = asdict(script.Args(**settings | {"total_timesteps": step * BATCH_SIZE}))
+        assert call == {"id": run_dir.name, "resume": "allow", "config": config, "sync_tensorboard": True}
+    assert not (run_dir / "final_test.json").exists()  # with --eval-interval 0 there is no test
+    for folder in agent_folders("mdpo_procgen", run_dir):
+        assert "charts/test_episodic_return" not in read_curves(folder)
+
+
+# Levels and numbers that are known.
 
 
 class KnownReturns:
     """Noise to look at, and episodes whose lengths and returns are known: environment i's last 3 + i steps,
     and bring `base` + i, and 10 more with every episode. Notes (step, return, length) of those that ended."""
 
-    def __init__(self, num: int, base: float, rand_seed: int):
+    def __init__(self, num: int, base: float, levels: tuple):
         self.num = num
         self.base = base
-        self.rng = np.random.default_rng(rand_seed)
+        self.levels = levels  # their number, the first, and what chooses
+        self.rng = np.random.default_rng(levels)
         self.step = 0
         self.clock = np.zeros(num, int)
         self.episode = np.zeros(num, int)
@@ -292,32 +222,31 @@ KNOWN_BATCH_SIZE = 64
 
 @pytest.fixture(scope="module", params=[("spo_procgen", 1), ("mdpo_procgen", 2), ("mdpo_procgen", 3)])
 def known(request, tmp_path_factory):
-    """A run of 6 iterations, with a test in every second, with known returns, 10,000 apart between agents; and
+    """A run of 4 iterations, a test in every second, with known returns, 10,000 apart between agents, and
     each call of the loss."""
     name, num_agents = request.param
     script = importlib.import_module(name)
     folder = tmp_path_factory.mktemp("known")
-    envs_of = {kind: [] for kind in BASES}
-    losses = []
+    known = SimpleNamespace(num_agents=num_agents, envs={kind: [] for kind in BASES}, losses=[])
 
-    def make_known(args, num, num_levels, start_level, rand_seed):
+    def make_known(args, num, *levels):
         kind = {5: "full_distribution", 6: "test"}.get(num, "training")
-        if num == 5 and num_levels > 0:
+        if num == 5 and levels[0] > 0:
             kind = "training_levels"
         per_agent = 2 if kind == "training" and num_agents == 1 else 1
-        agent = len(envs_of[kind]) // per_agent % num_agents
-        envs_of[kind].append(KnownReturns(num, BASES[kind] + 10_000 * agent, rand_seed))
-        return envs_of[kind][-1]
+        agent = len(known.envs[kind]) // per_agent % num_agents
+        known.envs[kind].append(KnownReturns(num, BASES[kind] + 10_000 * agent, levels))
+        return known.envs[kind][-1]
 
     compute_loss = script.compute_loss
 
     def note_loss(*inputs):
         loss, metrics = compute_loss(*inputs)
-        losses.append(metrics)
+        known.losses.append(metrics)
         return loss, metrics
 
-    settings = SETTINGS | {"total_timesteps": 6 * KNOWN_BATCH_SIZE, "num_eval_envs": 6}
-    settings |= {"num_envs": 4, "num_steps": 16, "final_eval_episodes": 5}
+    settings = SETTINGS | {"total_timesteps": 4 * KNOWN_BATCH_SIZE, "num_levels": 3, "start_level": 1000}
+    settings |= {"num_envs": 4, "num_steps": 16, "num_eval_envs": 6, "final_eval_episodes": 5}
     if num_agents > 1:
         settings["num_agents"] = num_agents
     with pytest.MonkeyPatch.context() as patch:
@@ -325,8 +254,25 @@ def known(request, tmp_path_factory):
         patch.setattr(script, "compute_loss", note_loss)
         assert train(script, folder, *flags(**settings)) == 0
     run_dir = run_folder(folder)
-    curves = [read_curves(each) for each in agent_folders(name, run_dir, num_agents)]
-    return SimpleNamespace(num_agents=num_agents, run_dir=run_dir, envs=envs_of, losses=losses, curves=curves)
+    known.final_test = json.loads((run_dir / "final_test.json").read_text())
+    known.curves = [read_curves(each) for each in agent_folders(name, run_dir, num_agents)]
+    return known
+
+
+def test_levels(known):
+    """The protocol of the paper: training, and one of the two final tests, on the training levels alone; the
+    other tests on the full distribution, each on other levels."""
+    for kind, levels in [
+        ("training", (3, 1000)),
+        ("training_levels", (3, 1000)),
+        ("full_distribution", (0, 0)),
+    ]:
+        assert {envs.levels[:2] for envs in known.envs[kind]} == {levels}
+    tests = known.envs["test"]
+    assert {envs.levels[:2] for envs in tests} == {(0, 0)}
+    assert len(tests) == 2 * known.num_agents
+    assert len({envs.levels for envs in tests}) == 2
+    assert len({envs.levels for envs in known.envs["training"]}) == len(known.envs["training"]) >= 2
 
 
 def test_training_returns_are_means_over_all_episodes(known):
@@ -336,7 +282,7 @@ def test_training_returns_are_means_over_all_episodes(known):
         ended = []
         for envs in known.envs["training"][agent * per_agent :][:per_agent]:
             ended += envs.ended
-        for iteration in range(1, 7):
+        for iteration in range(1, 5):
             steps = range(16 * (iteration - 1) + 1, 16 * iteration + 1)
             means = np.mean([episode[1:] for episode in ended if episode[0] in steps], axis=0)
             step = iteration * KNOWN_BATCH_SIZE
@@ -347,24 +293,24 @@ def test_training_returns_are_means_over_all_episodes(known):
 def test_test_returns_are_means_over_first_episodes(known):
     """One episode in each environment, the short ones no more often than the long ones; in the final test in
     the order of the environments."""
-    content = json.loads((known.run_dir / "final_test.json").read_text())
+    assert len(known.final_test["agents"]) == known.num_agents
     for agent, curves in enumerate(known.curves):
         base = 10_000 * agent
         tests = curves["charts/test_episodic_return"]
-        assert tests == dict.fromkeys((128, 256, 384), BASES["test"] + base + 2.5)
+        assert tests == dict.fromkeys((128, 256), BASES["test"] + base + 2.5)
         for step, value in tests.items():
             gap = curves["charts/episodic_return"][step] - value
             assert curves["charts/generalization_gap"][step] == pytest.approx(gap, abs=1e-2)
         for kind in KINDS_OF_LEVELS:
             expected = [BASES[kind] + base + i for i in range(5)]
-            assert content["agents"][agent][kind]["returns"] == expected
+            assert known.final_test["agents"][agent][kind]["returns"] == expected
 
 
 def test_loss_curves_are_means_over_the_iteration(known):
     """Of the agent's own numbers, over all minibatches of all epochs."""
     per_iteration = 2 * SETTINGS["num_minibatches"]
-    assert len(known.losses) == 6 * per_iteration
-    for iteration in range(1, 7):
+    assert len(known.losses) == 4 * per_iteration
+    for iteration in range(1, 5):
         calls = known.losses[(iteration - 1) * per_iteration : iteration * per_iteration]
         for agent, curves in enumerate(known.curves):
             for name in calls[0][agent]:
@@ -390,42 +336,33 @@ def wait_for_checkpoint(folder, step: int):
     raise AssertionError(f"there is no checkpoint of step {step}")
 
 
-def assert_stopped(name: str, folder, status: int, err: str, signal_number: int):
-    """It said so, and what it left is of one step."""
-    assert status == 128 + signal_number, err
-    assert err.count(SAYS_SO) == 1
-    assert "Traceback" not in err
-    run_dir = run_folder(folder)
-    assert not (run_dir / "final_test.json").exists()
-    for agent_folder in agent_folders(name, run_dir):
-        assert load_agent(agent_folder / "agent.pt")["global_step"] == step_of(run_dir)
-
-
-@pytest.mark.parametrize(
-    ("name", "number"), [("ppo_procgen", signal.SIGINT), ("mdspo_procgen", signal.SIGTERM)]
-)
-def test_a_signal_ends_the_iteration(name, number, tmp_path):
-    """Of a run from the shell, which is saved and goes on from there."""
-    process = start_script(name, tmp_path, *flags(**ENDLESS))
+def test_a_signal_ends_the_iteration(tmp_path):
+    """It says so, and what it has saved is of one step, from which the run goes on."""
+    process = start_script("mdspo_procgen", tmp_path, *flags(**ENDLESS))
     folder = tmp_path / "work"
     try:
         wait_for_checkpoint(folder, 2 * BATCH_SIZE)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=100)
     finally:
         process.kill()
-    assert_stopped(name, folder, process.returncode, err, number)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err.count(SAYS_SO) == 1
+    assert "Traceback" not in err
     run_dir = run_folder(folder)
     step = step_of(run_dir)
     assert step >= 2 * BATCH_SIZE
+    assert not (run_dir / "final_test.json").exists()
+    for agent_folder in agent_folders("mdspo_procgen", run_dir):
+        assert load_agent(agent_folder / "agent.pt")["global_step"] == step
     words = ["--resume", run_dir, *flags(device="cpu", total_timesteps=step + BATCH_SIZE)]
-    assert train(importlib.import_module(name), folder, *words) == 0
+    assert train(importlib.import_module("mdspo_procgen"), folder, *words) == 0
     assert step_of(run_dir) == step + BATCH_SIZE
 
 
 def test_a_second_signal_kills(tmp_path):
     """In an iteration that would take hours."""
-    process = start_script("mdpo_procgen", tmp_path, *flags(**ENDLESS | {"update_epochs": 10_000_000}))
+    process = start_script("ppo_procgen", tmp_path, *flags(**ENDLESS | {"update_epochs": 10_000_000}))
     try:
         wait_for_checkpoint(tmp_path / "work", 0)
         process.send_signal(signal.SIGINT)
@@ -445,45 +382,38 @@ def test_a_second_signal_kills(tmp_path):
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["final", "on_the_way"])
-def test_a_signal_ends_a_test_at_once(last, tmp_path):
-    """Whose episodes would never end; the training before it is saved. --resume makes the test anew."""
-    name = "ppo_procgen"
-    script = importlib.import_module(name)
-    settings = SETTINGS | {
-        "eval_interval": 2 if last else 1,
-        "total_timesteps": BATCH_SIZE * (1 if last else 2),
-    }
+def test_a_signal_ends_a_test_at_once(last, tmp_path, monkeypatch):
+    """The training before it is saved, and --resume makes the test anew."""
+    script = importlib.import_module("ppo_procgen")
     evaluate = script.evaluate
+    steps = 0
 
-    def prepare():
-        make_envs = script.make_envs
+    def act(agent, obs, act=script.act):
+        nonlocal steps
+        steps += 1
+        return act(agent, obs)
 
-        def make_slow(args, *options):
-            envs = make_envs(args, *options)
-            envs.act = lambda actions: time.sleep(0.1)  # and no episode ever ends
-            return envs
+    def evaluate_with_signal(*inputs):
+        nonlocal steps
+        stop.append(signal.SIGTERM)
+        steps = 0
+        return evaluate(*inputs)
 
-        def evaluate_slowly(*inputs):
-            print("test", flush=True)
-            script.make_envs = make_slow
-            return evaluate(*inputs)
-
-        script.evaluate = evaluate_slowly
-
-    run = Fork(script, tmp_path, flags(**settings), prepare)
-    run.wait_for_line("test")
-    os.kill(run.id, signal.SIGTERM)
-    result = run.finish(most_seconds=60)
-    assert_stopped(name, tmp_path, result.status, result.err, signal.SIGTERM)
+    stop = []
+    monkeypatch.setattr(script, "act", act)
+    monkeypatch.setattr(script, "evaluate", evaluate_with_signal)
+    settings = SETTINGS | {"eval_interval": 2 if last else 1, "total_timesteps": BATCH_SIZE}
+    assert train(script, tmp_path, *flags(**settings), stop=stop) == 128 + signal.SIGTERM
+    assert steps == 0
+    monkeypatch.undo()
     run_dir = run_folder(tmp_path)
-    assert step_of(run_dir) == BATCH_SIZE
-    trained = load(run_dir / "checkpoint.pt")["agents"]
-    words = ["--resume", run_dir, *flags(device="cpu", total_timesteps=BATCH_SIZE)]
-    assert train(script, tmp_path, *words) == 0
+    assert not (run_dir / "final_test.json").exists()
+    trained = load(run_dir / "checkpoint.pt")
+    assert trained["global_step"] == BATCH_SIZE
+    assert train(script, tmp_path, "--resume", run_dir, "--device", "cpu") == 0
     assert (run_dir / "final_test.json").exists()
-    assert same(load(run_dir / "checkpoint.pt")["agents"], trained)
-    curves = read_curves(run_dir)
-    assert ("charts/test_episodic_return" in curves) != last
+    assert same(load(run_dir / "checkpoint.pt")["agents"], trained["agents"])
+    assert ("charts/test_episodic_return" in read_curves(run_dir)) != last
 
 
 # Import and help.

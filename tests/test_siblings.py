@@ -77,15 +77,6 @@ def test_the_diffs_are_short(one, other, most):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_docstring_names_the_nearest_siblings(name):
-    docstring = ast.get_docstring(ast.parse(source(name)))
-    for one, other in (("ppo", "spo"), ("mdpo", "mdspo"), ("ppo", "mdpo"), ("spo", "mdspo")):
-        if name in (one, other):
-            sibling = other if name == one else one
-            assert f" {sibling}_procgen.py " in docstring
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_main_can_be_read_in_one_go(name):
     (main,) = (node for node in ast.parse(source(name)).body if getattr(node, "name", "") == "main")
     assert main.end_lineno - main.lineno < 100

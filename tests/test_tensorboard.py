@@ -1,32 +1,15 @@
-"""The curves of runs: their tags, one point an iteration, and what TensorBoard's page shows of them."""
+"""The curves of runs: their tags, one point an iteration, what their numbers can be, and the one chart."""
 
-import importlib
-import json
 import math
 import re
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
-from urllib.parse import urlencode
-from urllib.request import urlopen
 
 import pytest
-from common import (
-    TINY,
-    agent_folders,
-    copy_run,
-    flags,
-    read_curves,
-    read_points,
-    run_folder,
-    train,
-    train_straight,
-)
+from common import TINY, agent_folders, copy_run, flags, read_events, read_points, train, train_straight
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 # 4 iterations, with a checkpoint and a test after the second and the fourth.
 STEPS = [128, 256, 384, 512]
-TEST_STEPS = STEPS[1::2]
 SETTINGS = TINY | {
     "num_steps": 32,
     "total_timesteps": 600,
@@ -34,38 +17,27 @@ SETTINGS = TINY | {
     "eval_interval": 2,
     "final_eval_episodes": 2,
 }
+# Tag, and the range of its values.
 TRAINING_TAGS = {
-    "charts/episodic_return",
-    "charts/episodic_length",
-    "charts/SPS",
-    "charts/learning_rate",
-    "losses/policy_loss",
-    "losses/value_loss",
-    "losses/entropy",
-    "losses/old_approx_kl",
-    "losses/approx_kl",
-    "losses/clipfrac",
-    "losses/explained_variance",
-}
-TEST_TAGS = {"charts/test_episodic_return", "charts/generalization_gap"}
-# Tag, and the range of its values; finite for all that are not named.
-RANGES = {
-    "losses/entropy": (1, math.log(15) + 1e-5),
-    "losses/clipfrac": (0, 1),
-    "losses/ratio_deviation": (0, 1e3),
-    "losses/explained_variance": (-1e9, 1),
-    "losses/approx_kl": (-1e-6, 1e3),
-    "losses/mutual_kl": (0, 1e3),
-    "charts/learning_rate": (4.999e-4, 5.001e-4),
-    "charts/SPS": (1e-3, 1e9),
+    "charts/episodic_return": (-1e3, 1e3),
     "charts/episodic_length": (1, 1e3),
+    "charts/SPS": (0, 1e9),
+    "charts/learning_rate": (4.999e-4, 5.001e-4),
+    "losses/policy_loss": (-1e3, 1e3),
+    "losses/value_loss": (0, 1e3),
+    "losses/entropy": (1, math.log(15) + 1e-5),
+    "losses/old_approx_kl": (-1e3, 1e3),
+    "losses/approx_kl": (-1e-6, 1e3),
+    "losses/clipfrac": (0, 1),
+    "losses/explained_variance": (-1e9, 1),
 }
+TEST_TAGS = {"charts/test_episodic_return": (-1e3, 1e3), "charts/generalization_gap": (-1e3, 1e3)}
+OF_PAIRS = {"losses/mutual_kl": (0, 1e3)}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of one agent, the same killed after its second iteration and resumed, and a pair: each path, and
-    its curves."""
+    """A run of one agent, the same killed after its second iteration and resumed, and a pair."""
     folder = tmp_path_factory.mktemp("logs")
     for each in ("one", "pair", "resumed"):
         (folder / each).mkdir()
@@ -73,18 +45,20 @@ def runs(tmp_path_factory):
     pair = train_straight("mdpo_procgen", folder / "pair", SETTINGS)
     resumed = copy_run(one, 2, folder / "resumed", finished=False)
     assert train(one.script, folder / "resumed", "--resume", resumed, *flags(device="cpu")) == 0
-    folders = [one.run_dir, resumed, *agent_folders("mdpo_procgen", pair.run_dir)]
-    assert len(folders) == 4
-    return SimpleNamespace(folder=folder, folders=folders, resumed=resumed, pair=folders[2:])
+    pair = agent_folders("mdpo_procgen", pair.run_dir)
+    return SimpleNamespace(folders=[one.run_dir, resumed, *pair], pair=pair)
 
 
-def test_tags(runs):
+def test_tags_and_values(runs):
     """CleanRL's, and ours beside them: the same for one agent and for each of a pair, but for mutual_kl."""
     for folder in runs.folders:
-        curves = read_curves(folder)
-        assert curves.keys() >= TRAINING_TAGS | TEST_TAGS
-        assert ("losses/mutual_kl" in curves) == (folder in runs.pair)
-        assert {tag.split("/")[0] for tag in curves} == {"charts", "losses"}
+        points = read_points(folder)
+        ranges = TRAINING_TAGS | TEST_TAGS | (OF_PAIRS if folder in runs.pair else {})
+        for tag, (least, most) in ranges.items():
+            assert all(least <= value <= most for _, value in points[tag]), tag
+        for tag in points.keys() - ranges.keys():
+            assert re.fullmatch(r"losses/\w+", tag)
+            assert tag not in OF_PAIRS
 
 
 def test_one_point_an_iteration(runs):
@@ -93,122 +67,28 @@ def test_one_point_an_iteration(runs):
         for tag, points in read_points(folder).items():
             steps = [step for step, _ in points]
             if tag.startswith("charts/episodic_"):
-                assert set(steps) <= set(STEPS)
-                assert len(set(steps)) == len(steps) > 0
-            elif tag in TEST_TAGS:
-                assert steps == TEST_STEPS, tag
+                assert steps == [step for step in STEPS if step in steps] != []
             else:
-                assert steps == STEPS, tag
-
-
-def test_values(runs):
-    for folder in runs.folders:
-        curves = read_curves(folder)
-        for tag, curve in curves.items():
-            low, high = RANGES.get(tag, (-1e9, 1e9))
-            for value in curve.values():
-                assert low <= value <= high, tag
-        for step, gap in curves["charts/generalization_gap"].items():
-            before = [value for at, value in curves["charts/episodic_return"].items() if at <= step]
-            assert gap == pytest.approx(before[-1] - curves["charts/test_episodic_return"][step], abs=1e-4)
+                assert steps == (STEPS[1::2] if tag in TEST_TAGS else STEPS), tag
 
 
 def test_agents_have_curves_of_their_own(runs):
-    first, second = (read_curves(folder) for folder in runs.pair)
+    first, second = (read_points(folder) for folder in runs.pair)
     for tag in ("losses/value_loss", "losses/mutual_kl", "losses/explained_variance"):
         assert first[tag] != second[tag]
 
 
-def test_steps_per_second_are_those_of_this_process(tmp_path, monkeypatch):
-    """Of one agent, and of what has been played since it was resumed. Here an iteration takes 10 seconds."""
-    for name, num_steps in [("ppo_procgen", 320), ("mdpo_procgen", 192)]:
-        script = importlib.import_module(name)
-        clock = SimpleNamespace(now=1000.0)
-        rollout = script.rollout
-
-        def play_for_ten_seconds(*inputs, rollout=rollout, clock=clock):
-            rollout(*inputs)
-            clock.now += 10
-
-        times = SimpleNamespace(time=lambda clock=clock: clock.now, perf_counter=time.perf_counter)
-        monkeypatch.setattr(script, "time", times)
-        monkeypatch.setattr(script, "rollout", play_for_ten_seconds)
-        settings = SETTINGS | {"num_steps": 16, "total_timesteps": 128, "eval_interval": 0}
-        folder = tmp_path / name
-        folder.mkdir()
-        assert train(script, folder, *flags(**settings)) == 0
-        run_dir = run_folder(folder)
-        words = ["--resume", run_dir, *flags(device="cpu", total_timesteps=num_steps)]
-        assert train(script, folder, *words) == 0
-        speeds = read_curves(agent_folders(name, run_dir)[-1])["charts/SPS"]
-        assert list(speeds) == list(range(64, num_steps + 1, 64))
-        assert set(speeds.values()) == {pytest.approx(6.4)}
-
-
-# The page, asked of its own server.
-
-
-class Page:
-    """What the page asks its server for."""
-
-    def __init__(self, address: str):
-        self.address = address
-
-    def get(self, path: str, **query):
-        with urlopen(f"{self.address}data/plugin/{path}?{urlencode(query)}", timeout=60) as answer:
-            return json.load(answer)
-
-    def steps(self, run: str, tag: str) -> list[int]:
-        points = self.get("scalars/scalars", run=run, tag=tag)
-        return [step for _, step, _ in points]
-
-    def wait_for(self, names: list[str]):
-        """Until it has read the runs to their end."""
-        deadline = time.time() + 60
-        while time.time() < deadline:
-            tags = self.get("scalars/tags")
-            read = [name for name in names if "charts/SPS" in tags.get(name, {})]
-            if read == names and all(self.steps(name, "charts/SPS")[-1] == STEPS[-1] for name in names):
-                return
-            time.sleep(0.2)
-        raise AssertionError(f"of {names} it has read {read}")
-
-
-@pytest.fixture(scope="module", params=["true", "false"], ids=["fast", "slow"])
-def page(runs, request):
-    """With either of TensorBoard's readers of files."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs.folder)]
-    command += ["--port", "0", f"--load_fast={request.param}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            address = None
-            while address is None:
-                line = server.stderr.readline()
-                assert line, "the server has ended"
-                address = re.search(r"TensorBoard \S+ at (\S+)", line)
-            page = Page(address[1])
-            page.wait_for([str(folder.relative_to(runs.folder)) for folder in runs.folders])
-            yield page
-        finally:
-            server.terminate()
-
-
-def test_a_resumed_run_has_each_point_once(runs, page):
-    name = str(runs.resumed.relative_to(runs.folder))
-    assert page.steps(name, "losses/value_loss") == STEPS
-    assert page.steps(name, "charts/test_episodic_return") == TEST_STEPS
-
-
-def test_one_chart_has_training_and_test_of_all_agents(runs, page):
-    """Once, however many runs there are, and no other curve."""
-    charts = [
-        chart for category in page.get("custom_scalars/layout")["category"] for chart in category["chart"]
-    ]
-    (chart,) = charts
+def test_one_chart_has_training_and_test_return(runs):
+    """Of every agent, by the same name, so that TensorBoard draws all of them in one; and no other curve."""
+    names = set()
     for folder in runs.folders:
-        drawn = set()
-        for tag in chart["multiline"]["tag"]:
-            name = str(folder.relative_to(runs.folder))
-            answer = page.get("custom_scalars/scalars", run=name, tag=tag)
-            drawn |= answer["tag_to_events"].keys()
+        events = read_events(folder)
+        text = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+        (category,) = Layout.FromString(text).category
+        (chart,) = category.chart
+        names.add((category.title, chart.title))
+        drawn = {
+            tag for tag in events.Tags()["scalars"] for each in chart.multiline.tag if re.match(each, tag)
+        }
         assert drawn == {"charts/episodic_return", "charts/test_episodic_return"}
+    assert len(names) == 1
