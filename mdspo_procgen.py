@@ -212,7 +212,7 @@ def make_envs(args, num, num_levels, start_level, rand_seed):
 
 
 class Batch(NamedTuple):
-    """Columns of one shape: (num_steps + 1, num_envs) of a rollout, whose last row only bootstraps, or (B,)."""
+    """Columns of one shape: (num_steps + 1, num_envs) of a rollout, whose last row bootstraps, or (B,)."""
 
     obs: torch.Tensor  # uint8 (..., *obs_shape)
     actions: torch.Tensor  # int64
