@@ -259,7 +259,8 @@ def mutual_kl(peer_logits, logits):
     """Mean KL(peer || self), the distillation term of equation 18. Both (B, num_actions); a scalar."""
     peer_logprobs = peer_logits.log_softmax(-1)
     logprobs = logits.log_softmax(-1)
-    return (peer_logprobs.exp() * (peer_logprobs - logprobs)).sum(-1).mean()
+    kl = (peer_logprobs.exp() * (peer_logprobs - logprobs)).sum(-1)
+    return kl.mean()
 
 
 def rl_loss(logits, new_values, mb, args):
@@ -291,6 +292,7 @@ def compute_loss(agents, mbs, args):
     two agents L_i has the mean KL over its peers (Zhang et al. 2018, on more than two networks)."""
     all_obs = torch.cat([mb.obs for mb in mbs])
     outputs = [agent(all_obs) for agent in agents]  # every agent on every minibatch, in one pass each
+    num_peers = len(agents) - 1
     loss = 0.0
     all_metrics = []
     for i, mb in enumerate(mbs):
@@ -303,8 +305,9 @@ def compute_loss(agents, mbs, args):
             peer_logits = peer_logits[rows]
             if args.detach_peer:
                 peer_logits = peer_logits.detach()
-            kl = kl + mutual_kl(peer_logits, logits) / (len(agents) - 1)
-        loss = loss + (agent_loss + args.distill_coef * kl) / len(agents)
+            kl = kl + mutual_kl(peer_logits, logits) / num_peers
+        agent_loss = agent_loss + args.distill_coef * kl
+        loss = loss + agent_loss / len(agents)
         all_metrics.append(metrics | {"mutual_kl": kl})
     return loss, all_metrics
 
@@ -488,7 +491,7 @@ def set_up(args, device):
     agents = [Agent(15, args.channels, runner.obs_shape).to(device) for runner in runners]
     if args.bf16 is None:
         args.bf16 = bf16_is_faster(agents[0], runners[0].batch.obs[:32])
-    print(f"{device.type}, the encoder in {'bfloat16' if args.bf16 else 'float32'}", flush=True)
+    print(f"{device.type}, the encoder in {'bfloat16' if args.bf16 else 'float32'}")
     torch.backends.cudnn.allow_tf32 = args.bf16  # off, float32 is float32
     weights = []
     for agent in agents:
@@ -531,7 +534,7 @@ def final_test(policies, args, device, stop, global_step, run_dir):
     results = [{} for _ in policies]
     kinds = {"training_levels": (args.num_levels, args.start_level), "full_distribution": (0, 0)}
     for kind, levels in kinds.items():
-        print(f"final test on {kind}, {args.final_eval_episodes} episodes", flush=True)
+        print(f"final test on {kind}, {args.final_eval_episodes} episodes")
         tests = evaluate(policies, args, args.final_eval_episodes, levels, global_step, device, stop)
         for i, returns in enumerate(tests):
             error = returns.std(ddof=1) / len(returns) ** 0.5
@@ -541,7 +544,7 @@ def final_test(policies, args, device, stop, global_step, run_dir):
                 "episodes": len(returns),
                 "returns": returns.tolist(),
             }
-            print(f"agent {i + 1}: {returns.mean():.2f} +- {1.96 * error:.2f}", flush=True)
+            print(f"agent {i + 1}: {returns.mean():.2f} +- {1.96 * error:.2f}")
     write_file(run_dir / "final_test.json", {"global_step": global_step, "agents": results})
 
 
@@ -614,13 +617,14 @@ def load_checkpoint(checkpoint, agents, optimizer, runners):
 def parse_args() -> Args:
     """Reads the command line. With --resume the settings of that run are the defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", nargs="?", default="")
+    for name in ("resume", "env_id", "exp_name", "seed"):
+        flag = name.replace("_", "-")
+        parser.add_argument(f"--{flag}", f"--{name}", nargs="?", default=getattr(Args, name))
     given, _ = parser.parse_known_args()
     path = given.resume or ""
     options = {"description": __doc__}
     if path == "auto":
-        args = tyro.cli(Args, **options)
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__" + "[0-9]" * 10
+        name = glob.escape(f"{given.env_id}__{given.exp_name}__{given.seed}__") + "[0-9]" * 10
         path = max(glob.glob(f"runs/{name}/checkpoint.pt"), default="")
     elif os.path.isdir(path):
         path = os.path.join(path, "checkpoint.pt")
@@ -643,9 +647,8 @@ def parse_args() -> Args:
 
 
 def handle_signal(stop, signal_number, frame):
-    """The first one ends the run when it can be saved, a second one kills it."""
     stop.append(signal_number)
-    signal.signal(signal_number, signal.SIG_DFL)
+    signal.signal(signal_number, signal.SIG_DFL)  # a second one kills the process
     os.write(2, b"\nstopping after this iteration; once more stops at once\n")
 
 

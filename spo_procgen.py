@@ -461,7 +461,7 @@ def set_up(args, device):
     agents = [Agent(15, args.channels, runner.obs_shape).to(device) for runner in runners]
     if args.bf16 is None:
         args.bf16 = bf16_is_faster(agents[0], runners[0].batch.obs[:32])
-    print(f"{device.type}, the encoder in {'bfloat16' if args.bf16 else 'float32'}", flush=True)
+    print(f"{device.type}, the encoder in {'bfloat16' if args.bf16 else 'float32'}")
     torch.backends.cudnn.allow_tf32 = args.bf16  # off, float32 is float32
     weights = []
     for agent in agents:
@@ -504,7 +504,7 @@ def final_test(policies, args, device, stop, global_step, run_dir):
     results = [{} for _ in policies]
     kinds = {"training_levels": (args.num_levels, args.start_level), "full_distribution": (0, 0)}
     for kind, levels in kinds.items():
-        print(f"final test on {kind}, {args.final_eval_episodes} episodes", flush=True)
+        print(f"final test on {kind}, {args.final_eval_episodes} episodes")
         tests = evaluate(policies, args, args.final_eval_episodes, levels, global_step, device, stop)
         for i, returns in enumerate(tests):
             error = returns.std(ddof=1) / len(returns) ** 0.5
@@ -514,7 +514,7 @@ def final_test(policies, args, device, stop, global_step, run_dir):
                 "episodes": len(returns),
                 "returns": returns.tolist(),
             }
-            print(f"agent {i + 1}: {returns.mean():.2f} +- {1.96 * error:.2f}", flush=True)
+            print(f"agent {i + 1}: {returns.mean():.2f} +- {1.96 * error:.2f}")
     write_file(run_dir / "final_test.json", {"global_step": global_step, "agents": results})
 
 
@@ -587,13 +587,14 @@ def load_checkpoint(checkpoint, agents, optimizer, runners):
 def parse_args() -> Args:
     """Reads the command line. With --resume the settings of that run are the defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", nargs="?", default="")
+    for name in ("resume", "env_id", "exp_name", "seed"):
+        flag = name.replace("_", "-")
+        parser.add_argument(f"--{flag}", f"--{name}", nargs="?", default=getattr(Args, name))
     given, _ = parser.parse_known_args()
     path = given.resume or ""
     options = {"description": __doc__}
     if path == "auto":
-        args = tyro.cli(Args, **options)
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__" + "[0-9]" * 10
+        name = glob.escape(f"{given.env_id}__{given.exp_name}__{given.seed}__") + "[0-9]" * 10
         path = max(glob.glob(f"runs/{name}/checkpoint.pt"), default="")
     elif os.path.isdir(path):
         path = os.path.join(path, "checkpoint.pt")
@@ -616,9 +617,8 @@ def parse_args() -> Args:
 
 
 def handle_signal(stop, signal_number, frame):
-    """The first one ends the run when it can be saved, a second one kills it."""
     stop.append(signal_number)
-    signal.signal(signal_number, signal.SIG_DFL)
+    signal.signal(signal_number, signal.SIG_DFL)  # a second one kills the process
     os.write(2, b"\nstopping after this iteration; once more stops at once\n")
 
 
