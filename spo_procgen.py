@@ -106,7 +106,7 @@ class Args:
             pretrained = read_torch(self.pretrained_encoder, "--pretrained-encoder", "agent")
             for name, weight in pretrained["agent"].items():
                 if name.startswith("encoder."):
-                    self.encoder[name] = weight
+                    self.encoder[name.removeprefix("encoder.")] = weight
             channels = pretrained["args"]["channels"]
             if self.channels not in (None, channels):
                 raise ValueError(f"--channels must be {channels}, as in {self.pretrained_encoder}")
@@ -131,11 +131,11 @@ class Args:
         if self.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
             raise ValueError("--track needs wandb: `pip install wandb`")
         if self.device == "auto":
-            self.device = "cuda" if torch.cuda.device_count() > 0 else "cpu"
+            self.device = "cuda" if torch.cuda.device_count() else "cpu"
         self.batch_size = self.num_envs * self.num_steps
         self.minibatch_size = self.batch_size // self.num_minibatches
         batch = f"the batch, --num-envs x --num-steps = {self.batch_size}"
-        if self.batch_size % self.num_minibatches > 0 or self.minibatch_size < 2:
+        if self.batch_size % self.num_minibatches or self.minibatch_size < 2:
             raise ValueError(f"--num-minibatches must divide {batch}, into 2 rows or more")
         if self.total_timesteps < self.batch_size:
             raise ValueError(f"--total-timesteps must be at least {batch}")
@@ -252,9 +252,9 @@ def value_loss(new_values, old_values, returns, clip_coef):
 
 
 def rl_loss(logits, new_values, mb, args):
-    """policy_loss + vf_coef value_loss - ent_coef entropy, from what the network now says of the minibatch:
-    logits (B, num_actions) and new_values (B,). The minibatch's advantages must already be normalised.
-    Returns the loss and a dict of metrics, all scalars: each is a curve losses/NAME."""
+    """policy_loss + vf_coef value_loss - ent_coef entropy, of the network's logits (B, num_actions) and
+    new_values (B,). The minibatch's advantages must already be normalised. Returns the loss and a dict of
+    metrics, all scalars: each is a curve losses/NAME."""
     logprobs = logits.log_softmax(-1)
     new_logprobs = logprobs.gather(-1, mb.actions[:, None]).squeeze(-1)
     log_ratio = new_logprobs - mb.logprobs
@@ -294,9 +294,8 @@ def act(agent, obs):
 
 
 def rollout(policies, runners, args):
-    """Plays num_steps steps, policies[i] in the environments of runners[i], and fills all columns of their
-    data but advantages and returns. policies[i](obs) returns what `act` returns. One group of environments
-    steps in the background while the network acts for the next."""
+    """Plays num_steps steps, policies[i] in the environments of runners[i], and fills their data, but for
+    advantages and returns. policies[i](obs) is as `act`. While a group steps, the network acts for the next."""
     for step in range(args.num_steps + 1):
         for policy, runner in zip(policies, runners):
             for envs, columns in runner.groups:
@@ -337,16 +336,16 @@ def update(loss_function, agents, optimizer, batches, args):
                 for mean, values in zip(means, metrics):
                     for name, value in values.items():
                         mean[name] += value.detach() * share / num_updates
-            for agent in agents:
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            for mean, agent in zip(means, agents):
+                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                mean["grad_norm"] += norm / num_updates
             optimizer.step()
     return means
 
 
 def evaluate(policies, args, num, levels, seed, device, stop):
-    """Raw returns of each agent in one whole episode in each of num new environments, so that short ones do
-    not win: (num_agents, num). `levels` is their number, 0 for all, and the first of them; `seed` chooses.
-    Exits at a signal in `stop`. No random number of the training is used up."""
+    """Raw returns of each agent in one whole episode of each of num new environments: short ones do not win.
+    (num_agents, num). `levels` is their number, 0 for all, and the first. Exits at a signal in `stop`."""
     returns = np.zeros((len(policies), num))
     cuda_devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda_devices):
@@ -399,7 +398,7 @@ class Runner:
         ended = []
         for reward, done in zip(self.rewards[1:], self.dones[1:]):
             self.episodes[2] *= args.gamma
-            self.episodes += [reward, np.ones(args.num_envs), reward]
+            self.episodes += [reward, np.ones_like(reward), reward]
             self.statistics.update(self.episodes[2])
             scaled_reward = reward / np.sqrt(self.statistics.var + 1e-8)
             rewards.append(scaled_reward.clip(-10, 10))
@@ -442,7 +441,7 @@ class Runner:
 
 def bf16_is_faster(agent, obs):
     """On a CPU measured, not asked: of two that have bfloat16 one may be slower with it."""
-    if obs.device.type == "cuda":
+    if obs.is_cuda:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {False: [], True: []}
     for bf16 in [False, True] * 4:  # in turn, since the machine may do other work
@@ -466,7 +465,8 @@ def set_up(args, device):
     weights = []
     for agent in agents:
         try:
-            agent.load_state_dict(agent.state_dict() | args.encoder)
+            if args.pretrained_encoder and not args.resume:
+                agent.encoder.load_state_dict(args.encoder)
         except RuntimeError as error:
             fail(f"--pretrained-encoder: {args.pretrained_encoder} does not fit: {error!r:.300}")
         agent.bf16 = args.bf16
@@ -488,8 +488,8 @@ def speed_up(args, agents, runners, device):
         mbs = [runner.batch.rows(slice(args.minibatch_size)) for runner in runners]
         loss, _ = fast_loss(agents, mbs, args)
         loss.backward()
-        envs, _ = runners[0].groups[0]
-        for size in {envs.num, args.num_eval_envs, args.final_eval_episodes}:
+        sizes = {envs.num for envs, _ in runners[0].groups}
+        for size in sizes | {args.num_eval_envs, args.final_eval_episodes}:
             obs = runners[0].data.obs.new_zeros(size, *runners[0].obs_shape)
             for agent in agents * 3:  # compiles, records, replays
                 fast_act(agent, obs)
@@ -525,7 +525,7 @@ def fail(message):
 
 
 def make_run_dir(args):
-    Path("runs").mkdir(exist_ok=True)
+    os.makedirs("runs", exist_ok=True)
     unix_time = int(time.time())
     while True:  # of runs that start in the same second each gets a folder of its own
         run_dir = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{unix_time}")
@@ -599,7 +599,7 @@ def parse_args() -> Args:
     elif os.path.isdir(path):
         path = os.path.join(path, "checkpoint.pt")
     if path:
-        checkpoint = read_torch(path, "--resume", "runners")
+        checkpoint = read_torch(path, "--resume", "torch_rng")
         if checkpoint["script"] != SCRIPT:
             fail(f"--resume: {path} is of {checkpoint['script']}.py; this is {SCRIPT}.py")
         options["default"] = Args(**checkpoint["args"] | {"resume": path})
@@ -644,7 +644,7 @@ def main(args: Args, stop=()):
     run_dir = Path(args.resume).parent if args.resume else make_run_dir(args)
     first_step = 0
     if args.resume:
-        checkpoint = read_torch(args.resume, "--resume", "runners")
+        checkpoint = read_torch(args.resume, "--resume", "torch_rng")
         load_checkpoint(checkpoint, agents, optimizer, runners)
         first_step = checkpoint["global_step"]
     args.resume = ""
