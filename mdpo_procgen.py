@@ -325,7 +325,7 @@ def act(agent, obs):
 
 def rollout(policies, runners, args):
     """Plays num_steps steps, policies[i] in the environments of runners[i], and fills their data, but for
-    advantages and returns. policies[i](obs) is as `act`. While a group steps, the network acts for the next."""
+    advantages and returns. policies[i](obs) is as `act`. While a group steps the network acts for another."""
     for step in range(args.num_steps + 1):
         for policy, runner in zip(policies, runners):
             for envs, columns in runner.groups:
