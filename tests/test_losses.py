@@ -246,9 +246,17 @@ def test_gradients_with_other_distillation(mutual, settings, num_agents):
 
 
 @pytest.mark.parametrize("size", [512, 600])
-def test_parts_of_a_minibatch_add_up(script, size):
+def test_parts_of_a_minibatch_add_up(script, size, monkeypatch):
     """On a CPU a minibatch is computed in parts of 256 rows, of which the last may be smaller: gradient and
     metrics are those of the whole."""
+    compute_loss = script.compute_loss
+    sizes = []
+
+    def compute_loss_of_part(agents, mbs, args):
+        sizes.append(len(mbs[0].obs))
+        return compute_loss(agents, mbs, args)
+
+    monkeypatch.setattr(script, "compute_loss", compute_loss_of_part)
     torch.manual_seed(0)
     num = 2 if script.__name__ in MUTUAL else 1
     agents = [script.Agent(channels=(4, 4, 4), obs_shape=(8, 8, 3)) for _ in range(num)]
@@ -260,7 +268,10 @@ def test_parts_of_a_minibatch_add_up(script, size):
         batches.append(batch._replace(obs=batch.obs[:, :8, :8].contiguous()))
     args = one_step_args(script, size)
     assert_gradients_are_those_of_the_loss(script, args, agents, batches)
+    sizes.clear()
     reported = update_without_moving(script, args, agents, batches)
+    assert sizes == [256, 256, 88][: len(sizes)]
+    assert sum(sizes) == size
     normalised = []
     for batch in batches:
         advantages = (batch.advantages - batch.advantages.mean()) / batch.advantages.std()
