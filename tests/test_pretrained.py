@@ -13,7 +13,6 @@ from common import (
     flags,
     load,
     load_agent,
-    make_agents,
     make_probes,
     read_points,
     run_folder,
@@ -81,20 +80,6 @@ def test_both_heads_start_anew(two, source):
         _, expected_heads = parts(two.Agent(channels=WIDTHS).state_dict())
         assert same(encoder, given)
         assert same(heads, expected_heads)
-
-
-def test_a_frozen_encoder_has_no_backward_pass(two):
-    (agent,) = make_agents(two, 1)
-    agent.encoder.requires_grad_(False)
-    logits, _ = agent(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))
-    assert logits.requires_grad
-    nodes = [logits.grad_fn]
-    names = set()
-    while nodes:
-        node = nodes.pop()
-        names.add(type(node).__name__)
-        nodes += [following for following, _ in node.next_functions if following]
-    assert not [name for name in names if "Conv" in name or "MaxPool" in name or "Relu" in name]
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -170,11 +155,6 @@ def test_channels_are_those_of_the_file(two, source, tmp_path, capsys, channels)
     assert two.Args(**SETTINGS, pretrained_encoder=str(source), channels=WIDTHS).channels == WIDTHS
     assert two.Args(**SETTINGS, pretrained_encoder=str(source)).channels == WIDTHS
     assert two.Args(**SETTINGS).channels == (16, 32, 32)
-
-
-def test_freezing_needs_a_file(two):
-    with pytest.raises(ValueError, match="--freeze-encoder needs --pretrained-encoder"):
-        two.Args(freeze_encoder=True)
 
 
 def test_an_encoder_of_other_pictures(two, tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from common import (
@@ -27,11 +26,9 @@ from common import (
     read_points,
     run,
     run_folder,
-    run_script,
     same,
     show_small_pictures,
     snapshot,
-    start_script,
     step_of,
     train,
     train_straight,
@@ -90,6 +87,9 @@ def test_the_straight_run_is_worth_comparing(straight):
         assert len(curves["losses/value_loss"]) == 12
         assert len(curves["charts/test_episodic_return"]) == 4
         assert len(curves["charts/episodic_return"]) >= 2
+    if straight.name == "mdpo_procgen":  # equal agents would learn little from each other
+        one, other = load(straight.checkpoints[0])["agents"]
+        assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("weight"))
     first = load(straight.checkpoints[2])
     last = load(straight.checkpoints[12])
     for weights, last_weights in zip(first["agents"], last["agents"], strict=True):
@@ -97,14 +97,6 @@ def test_the_straight_run_is_worth_comparing(straight):
     for key in ("envs", "statistics"):
         sides = [side[key] for side in first["runners"]]
         assert not same(sides, [side[key] for side in last["runners"]]), key
-
-
-def test_agents_begin_apart(mdpo):
-    """With other weights: equal ones would learn little from each other."""
-    first, second = load(mdpo.checkpoints[0])["agents"]
-    for name, weight in first.items():
-        if name.endswith("weight"):
-            assert not torch.equal(weight, second[name])
 
 
 def test_a_checkpoint_holds_plain_data(straight):
@@ -290,19 +282,6 @@ def test_every_part_of_a_checkpoint_counts(ppo, tmp_path, part):
     assert (found == []) == (part == "nothing"), found
 
 
-def test_a_restored_side_of_a_run_is_as_it_was(straight):
-    """All that a runner saves, the last return among it, is there again when another has loaded it."""
-    script = straight.script
-    args = script.Args(**SETTINGS)
-    states = load(straight.checkpoints[8])["runners"]
-    for index, state in enumerate(states):
-        assert not np.isnan(state["train_return"])
-        assert state["scalars"]
-        runner = script.Runner(args, index, len(states), torch.device("cpu"))
-        runner.load_state_dict(state)
-        assert same(runner.state_dict(), state)
-
-
 def test_the_gap_of_a_resumed_run_is_to_the_last_return(ppo, tmp_path):
     """A test right after the start has no newer episodes: the checkpoint's return counts."""
     run_dir = copy_run(ppo, 3, tmp_path, finished=False)
@@ -404,15 +383,6 @@ def test_a_changed_setting_counts(ppo, tmp_path, name):
     later_rate = 1e-3 if name == "learning_rate" else 5e-4
     assert list(rates.values()) == pytest.approx([5e-4] * 4 + [later_rate] * 4)
     assert list(rates) == list(range(32, 257, 32))
-
-
-def test_settings_that_do_not_change_the_numbers(ppo, tmp_path):
-    """As the interval of checkpoints."""
-    run_dir = copy_run(ppo, 4, tmp_path)
-    words = ["--checkpoint-interval", 5, "--torch-deterministic"]
-    assert train(ppo.script, tmp_path, "--resume", run_dir, *words) == 0
-    found = set(differences(ppo, run_dir))
-    assert found == {"agent's args", "args.json", "checkpoint args"}
 
 
 def test_less_than_what_is_done_is_an_error(straight, tmp_path, capsys):
@@ -520,15 +490,6 @@ def test_auto_takes_the_settings_of_the_run(ppo, tmp_path, capsys):
     words = flags(**(SETTINGS | {"num_envs": 8}))
     line = error_line(ppo.script, tmp_path, capsys, "--resume", "auto", *words)
     assert line.startswith("--num-envs must stay 2, as in")
-
-
-def test_auto_leaves_other_runs_alone(ppo, tmp_path):
-    run_dir = copy_run(ppo, 4, tmp_path)
-    before = snapshot(run_dir)
-    words = flags(**(SETTINGS | {"seed": 2, "total_timesteps": BATCH_SIZE, "eval_interval": 0}))
-    assert train(ppo.script, tmp_path, "--resume", "auto", *words) == 0
-    assert snapshot(run_dir) == before
-    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 # Kills.
@@ -677,46 +638,3 @@ def test_many_kills(tmp_path):
     reached = kill_again_and_again(straight, tmp_path, kills=24, most_looks=150)
     assert len(set(reached)) >= 6
     assert reached[-1] < LONG["total_timesteps"]
-
-
-def wait_for_a_later_checkpoint(process, folder, step: int):
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        for path in folder.glob("runs/*/checkpoint.pt"):
-            if step_of(path.parent) > step:
-                return
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_from_the_shell(tmp_path):
-    """kill -9, then the same command and SIGTERM, then --resume with the folder alone; and once straight."""
-    rng = random.Random(KILL_SEED)
-    name = "mdpo_procgen"
-    for folder in ("straight", "stopped"):
-        (tmp_path / folder).mkdir()
-    result = run_script(name, tmp_path / "straight", *flags(**LONG))
-    assert result.returncode == 0, result.stderr.decode()
-
-    straight = SimpleNamespace(name=name, run_dir=run_folder(tmp_path / "straight" / "work"))
-    folder = tmp_path / "stopped"
-    reached = [0]
-    words = ["--resume", "auto", *flags(**LONG)]
-    for signal_number in (signal.SIGKILL, signal.SIGTERM):
-        process = start_script(name, folder, *words)
-        try:
-            wait_for_a_later_checkpoint(process, folder / "work", reached[-1])
-            time.sleep(rng.random() * 0.3)
-            process.send_signal(signal_number)
-            _, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
-        assert process.returncode == (-9 if signal_number == signal.SIGKILL else 143), err
-        run_dir = run_folder(folder / "work")
-        reached.append(step_of(run_dir))
-        assert reached[-2] < reached[-1] < LONG["total_timesteps"]
-        assert "Traceback" not in err
-    process = start_script(name, folder, "--resume", run_dir)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert differences(straight, run_dir) == []
