@@ -138,15 +138,6 @@ def test_nothing_to_resume(straight, tmp_path, capsys, target):
     assert not (tmp_path / "missing").exists()
 
 
-@pytest.mark.parametrize("words", [["--exp-name", "a**"], ["--env-id", "**x"], ["--seed"]])
-def test_auto_with_bad_settings(ppo, tmp_path, capsys, words):
-    assert train(ppo.script, tmp_path, "--resume", "auto", *words) == 2
-    err = capsys.readouterr().err
-    assert words[0] in err
-    assert "Traceback" not in err
-    assert snapshot(tmp_path) == {}
-
-
 # Two processes.
 
 
@@ -315,24 +306,6 @@ def test_a_file_is_on_the_disk_before_it_takes_the_others_place(ppo, tmp_path, m
     monkeypatch.setattr(Path, "replace", replaced)
     ppo.script.write_file(path, {"two": 2})
     assert events == [path.stat().st_size, path]
-
-
-def test_full_disk_in_a_run(straight, tmp_path):
-    """The error ends it, the checkpoint before is good, and with room again the run goes on from it."""
-    run_dir = copy_run(straight, 4, tmp_path, finished=False)
-    good = (run_dir / "checkpoint.pt").read_bytes()
-    size = len(good) // 2
-    result = run(
-        straight.script,
-        tmp_path,
-        ["--resume", run_dir],
-        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)),
-    )
-    assert result.status != 0
-    assert "Error" in result.err
-    assert (run_dir / "checkpoint.pt").read_bytes() == good
-    assert run(straight.script, tmp_path, ["--resume", run_dir]).status == 0
-    assert differences(straight, run_dir) == []
 
 
 # Numbers that are not finite.

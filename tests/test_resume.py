@@ -200,11 +200,11 @@ def test_a_signal_is_kept_and_the_next_one_kills(ppo, capfd):
 
 
 def test_extended(straight, tmp_path):
-    """A run that ended after 6 iterations goes on to 12."""
-    settings = SETTINGS | {"total_timesteps": 6 * BATCH_SIZE}
+    """A run that ended after 5 iterations, where nothing else is due, goes on to 12."""
+    settings = SETTINGS | {"total_timesteps": 5 * BATCH_SIZE}
     assert train(straight.script, tmp_path, *flags(**settings)) == 0
     run_dir = run_folder(tmp_path)
-    assert step_of(run_dir) == 6 * BATCH_SIZE
+    assert step_of(run_dir) == 5 * BATCH_SIZE
     assert (run_dir / "final_test.json").exists()
     longer = flags(total_timesteps=SETTINGS["total_timesteps"])
     assert train(straight.script, tmp_path, "--resume", run_dir, *longer) == 0
