@@ -10,7 +10,9 @@ import os
 import pickle
 import resource
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,6 +249,16 @@ def test_runs_that_start_in_one_second(straight, tmp_path):
         assert len(list(folder.rglob("events*"))) == len(agent_folders(straight.name, folder))
         found.append(rate)
     assert sorted(found) == rates
+
+
+def test_folders_made_at_once(ppo, tmp_path, monkeypatch):
+    """By eight threads: all get different ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ppo.script, "time", SimpleNamespace(time=lambda: 1_700_000_000.9))
+    args = ppo.script.Args(**SETTINGS)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(ppo.script.make_run_dir, [args] * 8))
+    assert len(set(made)) == 8
 
 
 # Disks.
