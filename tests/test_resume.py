@@ -185,8 +185,8 @@ def test_signal_before_the_first_iteration(straight, tmp_path):
 
 def test_a_signal_is_kept_and_the_next_one_kills(ppo, capfd):
     """The handler says so, and gives the signal back to the system."""
-    before = signal.getsignal(signal.SIGTERM)
     stop = []
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         ppo.script.handle_signal(stop, signal.SIGTERM, None)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
