@@ -1,5 +1,6 @@
-"""README.md and docs/: links lead somewhere, pictures are there, commands are understood."""
+"""README.md and docs/: links, pictures, flags and names lead somewhere, and commands are understood."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -13,21 +14,18 @@ from common import ROOT, SCRIPTS
 sys.path.insert(0, str(ROOT / "benchmark"))
 sys.path.insert(0, str(ROOT / "docs"))
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmark/results/README.md"]
-NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-FILES = [  # that commands speak of
-    "runs/FOLDER/agent.pt",
-    "runs/FOLDER/agent_1/agent.pt",
-    "runs/ANOTHER/agent.pt",
-    "runs_229k/FOLDER/agent.pt",
-    "cleanrl-1.2.0-py3-none-any.whl",
-    "benchmark/results/curves.csv",
-]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *(ROOT / "benchmark").rglob("README.md")]
+ON_EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 PLACEHOLDERS = {"GAME": "starpilot", "SEED": "1", "SCRIPT.py": "ppo_procgen.py"}
 
 
 def without_blocks(text: str) -> str:
     return re.sub(r"```.*?```", "", text, flags=re.S)
+
+
+def code_in(text: str) -> list[str]:
+    """What stands between backticks in sentences and tables."""
+    return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", without_blocks(text))
 
 
 def anchors_of(page: Path) -> set[str]:
@@ -40,7 +38,7 @@ def anchors_of(page: Path) -> set[str]:
 
 
 def dead_links(page: Path) -> list[str]:
-    """Those to files that are not there, and to headings that no page has."""
+    """Those to files that are not there, pictures too, and to headings that no page has."""
     dead = []
     for link in re.findall(r"\]\(([^)]+)\)", without_blocks(page.read_text())):
         if link.startswith("https://"):
@@ -52,7 +50,7 @@ def dead_links(page: Path) -> list[str]:
     return dead
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@ON_EVERY_PAGE
 def test_links_lead_somewhere(page):
     assert dead_links(page) == []
 
@@ -60,30 +58,27 @@ def test_links_lead_somewhere(page):
 def test_a_dead_link_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "# A heading\n[a](#a-heading) [b](#another) [c](page.md) [d](no.md)\n```\n[e](no.md)\n```\n"
+        "# A heading\n[a](#a-heading) [b](#another) [c](page.md) ![d](no.png)\n```\n[e](no.md)\n```\n"
     )
-    assert dead_links(page) == ["#another", "no.md"]
+    assert dead_links(page) == ["#another", "no.png"]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_a_page_has_a_picture_near_its_top_and_the_readme_links_to_it(page):
-    top = "\n".join(page.read_text().splitlines()[:25])
-    assert re.search(r"!\[.+\]\(.+\.png\)", top) or page.name == "python.md"
-    assert f"(docs/{page.name})" in (ROOT / "README.md").read_text()
+def test_the_readme_is_one_page_and_links_to_the_others():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name}" in readme
 
 
-def test_the_readme_is_one_page():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+# Commands.
 
 
 def commands_of(page: Path) -> list[str]:
     """Each `python SCRIPT.py ...`, from blocks, from tables and from sentences."""
     text = page.read_text()
-    places = re.findall(r"```sh\n(.*?)```", text, re.S)
-    places += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", without_blocks(text))
     commands = []
-    for place in places:
-        for line in place.splitlines():
+    for place in re.findall(r"```sh\n(.*?)```", text, re.S) + code_in(text):
+        for line in place.replace("\\\n", " ").splitlines():
             for command in re.split(r"&&|#", line):
                 if re.match(r"\s*(python|uv run) .*\.py\b", command):
                     commands.append(command.strip())
@@ -92,45 +87,95 @@ def commands_of(page: Path) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """The files that commands speak of are there, and wandb, which they say how to install."""
-    for name in FILES:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    """A folder to run commands in, with wandb, and with a network in every file."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "wandb.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    agent = {"agent": {}, "args": {"channels": (16, 32, 32)}}
     for name in SCRIPTS:
-        monkeypatch.setattr(importlib.import_module(name), "can_import", lambda package: True)
+        monkeypatch.setattr(importlib.import_module(name), "read_torch", lambda *inputs: agent)
 
 
 def understand(command: str):
-    """Reads it as the script that it names would."""
+    """Reads it as the script or tool that it names would. What stands after --, or in a word NAME=--FLAG ...,
+    is for training scripts, and so is what a tool hands on since it does not know it."""
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command)]
-    script = next(index for index, word in enumerate(words) if word.endswith(".py"))
-    assert (ROOT / words[script]).is_file()
-    module = importlib.import_module(Path(words[script]).stem)
-    flags = words[script + 1 :]
-    if "--help" in flags:
+    start = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    file = ROOT / words[start]
+    assert file.is_file()
+    module = importlib.import_module(file.stem)
+    words = words[start + 1 :]
+    if "--help" in words:
         return
-    of_scripts = []  # the flags that go to training scripts
-    if module.__name__ in ("sweep", "backgrounds"):
-        flags, of_scripts = module.split_words(flags)
-    if module.__name__ == "throughput":
-        _, of_scripts = tyro.cli(module.Args, args=flags, return_unknown_args=True)
-        flags = []
-    tyro.cli(importlib.import_module("ppo_procgen").Args, args=of_scripts)
-    tyro.cli(module.Args, args=flags)
+    for word in words:
+        if re.fullmatch(r"runs[\w/]*", word):
+            Path(word).mkdir(parents=True, exist_ok=True)
+        if re.fullmatch(r"[\w./+-]+\.(pt|csv|whl|json)", word):
+            assert not word.startswith(("benchmark/", "docs/")) or (ROOT / word).exists()
+            Path(word).parent.mkdir(parents=True, exist_ok=True)
+            Path(word).touch()
+    end = words.index("--") if "--" in words else len(words)
+    own_words = words[:end]
+    for_scripts = [words[end + 1 :]]
+    for_scripts += [shlex.split(word.partition("=")[2]) for word in own_words if "=--" in word]
+    if "return_unknown_args=True" in file.read_text():
+        _, unknown = tyro.cli(module.Args, args=own_words, return_unknown_args=True)
+        for_scripts.append(unknown)
+    else:
+        tyro.cli(module.Args, args=own_words)
+    for flags in for_scripts:
+        tyro.cli(importlib.import_module("mdpo_procgen").Args, args=flags)  # which has all flags
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@ON_EVERY_PAGE
 def test_commands_are_understood(page, place):
     for command in commands_of(page):
         understand(command)
 
 
-def test_commands_are_found_and_a_wrong_one_is_not_understood(place):
+def test_commands_are_found_and_wrong_ones_are_not_understood(place):
     found = [command for page in PAGES for command in commands_of(page)]
-    scripts = {word for command in found for word in shlex.split(command) if word.endswith(".py")}
-    assert {f"{name}.py" for name in SCRIPTS} <= scripts | {"spo_procgen.py", "mdspo_procgen.py"}
-    assert len(found) > 40
-    with pytest.raises(SystemExit):
-        understand("python ppo_procgen.py --no-such-flag")
+    assert {"ppo_procgen.py", "mdpo_procgen.py"} <= {word for command in found for word in command.split()}
+    assert len(found) > 20
+    for tool in ("ppo_procgen.py --no-such-flag", "benchmark/sweep.py -- --no-such-flag 1"):
+        with pytest.raises(SystemExit):
+            understand(f"python {tool}")
+
+
+# Flags and names.
+
+SOURCES = [
+    path.read_text()
+    for folder in (".", "benchmark", "docs", "tests")
+    for path in (ROOT / folder).glob("*.py")
+]
+
+
+def all_flags() -> set[str]:
+    """Of the training scripts and the tools: the fields of each class Args."""
+    flags = {"--help"}
+    for source in SOURCES:
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and node.name == "Args":
+                for field in node.body:
+                    if isinstance(field, ast.AnnAssign):
+                        flag = field.target.id.replace("_", "-")
+                        flags |= {f"--{flag}", f"--no-{flag}"}
+    return flags
+
+
+@ON_EVERY_PAGE
+def test_flags_exist(page):
+    """Those that a piece of code in a sentence begins with."""
+    named = [flag for code in code_in(page.read_text()) for flag in re.findall(r"^--[a-z][\w-]*", code)]
+    assert set(named) - all_flags() == set()
+
+
+@ON_EVERY_PAGE
+def test_names_exist(page):
+    """A name_with_underscores between backticks stands somewhere in the code, or at the head of a table of
+    results."""
+    heads = [path.open().readline() for path in (ROOT / "benchmark/results").rglob("*.csv")]
+    code = "\n".join(SOURCES + heads)
+    names = [name for name in code_in(page.read_text()) if re.fullmatch(r"[a-z]+(_[a-z]+)+", name)]
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []

@@ -1,47 +1,35 @@
-"""Whole runs, from the shell and in this process: files, curves, output, seeds, levels, signals."""
+"""Whole runs: what they print and leave, levels, known numbers and signals; and what import does."""
 
 import importlib
 import json
-import math
 import os
-import pickle
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from copy import deepcopy
 from dataclasses import asdict, fields
-from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from common import (
     BOTH,
     MUTUAL,
     ROOT,
     SCRIPTS,
     TINY,
-    Fork,
     agent_folders,
     flags,
-    get_handlers,
-    iteration_of,
     load,
     load_agent,
     parse,
     read_curves,
-    read_events,
-    run,
     run_folder,
     run_script,
     same,
-    set_handlers,
-    shell,
     start_script,
+    step_of,
     train,
     without_boxes,
 )
@@ -56,123 +44,31 @@ SETTINGS = TINY | {
     "eval_interval": 2,
     "checkpoint_interval": 2,
 }
-TRAINING_TAGS = {
-    "charts/episodic_return",
-    "charts/episodic_length",
-    "charts/SPS",
-    "charts/learning_rate",
-    "losses/policy_loss",
-    "losses/value_loss",
-    "losses/entropy",
-    "losses/old_approx_kl",
-    "losses/approx_kl",
-    "losses/clipfrac",
-    "losses/explained_variance",
-}
-TEST_TAGS = {"charts/test_episodic_return", "charts/generalization_gap"}
 KINDS_OF_LEVELS = ["training_levels", "full_distribution"]
 
 
-def what_it_left(name: str, folder, out: str, err: str) -> SimpleNamespace:
-    """Of a tiny run that worked in folder / "work"."""
+@pytest.fixture(scope="module", params=BOTH)
+def finished(request, tmp_path_factory):
+    """A run from the shell to its end."""
+    name = request.param
+    folder = tmp_path_factory.mktemp(name)
+    result = run_script(name, folder, *flags(**SETTINGS))
+    err = result.stderr.decode()
+    assert result.returncode == 0, err
     run_dir = run_folder(folder / "work")
-    folders = agent_folders(name, run_dir)
     return SimpleNamespace(
         name=name,
         script=importlib.import_module(name),
         folder=folder,
         run_dir=run_dir,
-        folders=folders,
-        curves=[read_curves(each) for each in folders],
-        out=out,
+        folders=agent_folders(name, run_dir),
+        final_test=json.loads((run_dir / "final_test.json").read_text()),
+        out=result.stdout.decode(),
         err=err,
     )
 
 
-@pytest.fixture(scope="module")
-def ppo(tmp_path_factory):
-    """A run as from the shell."""
-    folder = tmp_path_factory.mktemp("ppo")
-    for each in ("work", "home"):
-        (folder / each).mkdir()
-    script = importlib.import_module("ppo_procgen")
-    result = run(script, folder / "work", flags(**SETTINGS))
-    assert result.status == 0, result.err
-    return what_it_left("ppo_procgen", folder, result.out, result.err)
-
-
-@pytest.fixture(scope="module")
-def mdpo(tmp_path_factory):
-    """A run from the shell."""
-    folder = tmp_path_factory.mktemp("mdpo")
-    result = run_script("mdpo_procgen", folder, *flags(**SETTINGS))
-    out = result.stdout.decode()
-    err = result.stderr.decode()
-    assert result.returncode == 0, err
-    return what_it_left("mdpo_procgen", folder, out, err)
-
-
-@pytest.fixture(params=["ppo", "mdpo"])
-def finished(request):
-    return request.getfixturevalue(request.param)
-
-
-class Noted:
-    """Environments that note the levels and the actions that are played, in each step."""
-
-    def __init__(self, envs, options):
-        self.envs = envs
-        self.num, self.num_levels, self.start_level, self.seed = options
-        self.first_obs = envs.observe()[1]["rgb"].copy()
-        self.levels = []
-        self.actions = []
-
-    def act(self, actions):
-        self.actions.append(actions.tolist())
-        levels = [info["level_seed"] for info in self.envs.get_info()]
-        self.levels.append(levels)
-        self.envs.act(actions)
-
-    def __getattr__(self, name):
-        return getattr(self.envs, name)
-
-
-def train_here(name: str, folder, **settings) -> SimpleNamespace:
-    """A run in this process, with its agents and environments noted as they were made."""
-    script = importlib.import_module(name)
-    noted = SimpleNamespace(agents=[], first_weights=[], envs=[])
-    make_agent = script.Agent
-    make_envs = script.make_envs
-
-    def note_agent(*inputs, **options):
-        agent = make_agent(*inputs, **options)
-        noted.agents.append(agent)
-        noted.first_weights.append(deepcopy(agent.state_dict()))
-        return agent
-
-    def note_envs(args, *options):
-        envs = Noted(make_envs(args, *options), options)
-        noted.envs.append(envs)
-        return envs
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(script, "Agent", note_agent)
-        patch.setattr(script, "make_envs", note_envs)
-        script.main(script.Args(**(SETTINGS | settings)))
-    noted.run_dir = run_folder(folder)
-    folders = agent_folders(name, noted.run_dir)
-    noted.saved = [load_agent(each / "agent.pt") for each in folders]
-    return noted
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The same run as `mdpo`, in this process."""
-    return train_here("mdpo_procgen", tmp_path_factory.mktemp("here"))
-
-
-# Files, curves and output.
+# Files and output.
 
 
 def test_only_the_run_folder_is_written(finished):
@@ -195,239 +91,106 @@ def test_args_file(finished):
     """A flat object of all settings, tuples as lists."""
     content = json.loads((finished.run_dir / "args.json").read_text())
     args = asdict(finished.script.Args(**SETTINGS))
-    assert content.pop("channels") == [4, 4, 4]
-    assert args.pop("channels") == (4, 4, 4)
-    assert content == args
+    assert content == args | {"channels": [4, 4, 4]}
 
 
-def test_tags(finished):
-    expected = TRAINING_TAGS | TEST_TAGS
-    if finished.name in MUTUAL:
-        expected |= {"losses/mutual_kl"}
-    for curves in finished.curves:
-        assert expected <= curves.keys()
-        assert finished.name in MUTUAL or "losses/mutual_kl" not in curves
-
-
-def test_steps(finished):
-    """Every curve in every iteration, except for episodes, which do not end in all, and tests."""
-    iterations = [BATCH_SIZE * i for i in range(1, 6)]
-    for curves in finished.curves:
-        for tag, curve in curves.items():
-            if tag.startswith("charts/episodic_"):
-                assert set(curve) <= set(iterations)
-                assert len(curve) >= 1
-            elif tag in TEST_TAGS:
-                assert list(curve) == iterations[1::2]
-            else:
-                assert list(curve) == iterations
-
-
-# Tag, and the range of its values; finite for all that are not named.
-RANGES = {
-    "losses/entropy": (0, math.log(15) + 1e-5),
-    "losses/clipfrac": (0, 1),
-    "losses/explained_variance": (-1e9, 1),
-    "losses/approx_kl": (-1e-6, 1e9),
-    "losses/mutual_kl": (-1e-6, 1e9),
-    "charts/learning_rate": (4.999e-4, 5.001e-4),
-    "charts/SPS": (1e-9, 1e9),
-    "charts/episodic_length": (1, 1e9),
-}
-
-
-def test_values(finished):
-    for curves in finished.curves:
-        for tag, curve in curves.items():
-            low, high = RANGES.get(tag, (-1e9, 1e9))
-            for value in curve.values():
-                assert low <= value <= high, tag
-
-
-def test_agents_have_curves_of_their_own(finished):
-    assert len(finished.curves) == (2 if finished.name in MUTUAL else 1)
-    if finished.name in MUTUAL:
-        first, second = finished.curves
-        assert first["losses/value_loss"] != second["losses/value_loss"]
-        assert first["losses/mutual_kl"] != second["losses/mutual_kl"]
-
-
-def test_hyperparameters_are_logged(finished):
-    args = asdict(finished.script.Args(**SETTINGS))
-    for folder in finished.folders:
-        (event,) = read_events(folder).Tensors("hyperparameters/text_summary")
-        text = event.tensor_proto.string_val[0].decode()
-        for name, value in args.items():
-            assert f"|{name}|{value}|" in text
-
-
-def test_final_test_file(finished):
-    """Raw returns, what is made of them, and the table that is printed."""
-    content = json.loads((finished.run_dir / "final_test.json").read_text())
-    assert content["global_step"] == 5 * BATCH_SIZE
-    settings = (finished.run_dir / "args.json").read_text()
-    assert content["args"] == json.loads(settings)
-    assert len(content["agents"]) == len(finished.folders)
-    for number, agent in enumerate(content["agents"], 1):
-        train, test = (agent[kind] for kind in KINDS_OF_LEVELS)
-        gap = agent["generalization_gap"]
-        for each in (train, test):
-            returns = np.array(each["returns"])
-            assert each["episodes"] == len(returns) == 4  # 3, rounded up to a quota for 2 environments
-            assert each["mean"] == pytest.approx(returns.mean())
-            error = returns.std(ddof=1) / 2
-            assert each["standard_error"] == pytest.approx(error)
-        assert gap["mean"] == pytest.approx(train["mean"] - test["mean"])
-        both_errors = math.hypot(train["standard_error"], test["standard_error"])
-        assert gap["standard_error"] == pytest.approx(both_errors)
-        lines = finished.out.splitlines()
-        (line,) = [line for line in lines if line.startswith(f"agent {number} ")]
-        cells = ["agent", str(number)]
-        for each in (train, test, gap):
-            interval = 1.96 * each["standard_error"]
-            cells += [f"{each['mean']:.2f}", "+-", f"{interval:.2f}"]
-        assert line.split() == cells
-
-
-def test_output(finished):
-    """No warning, no escape sequence outside a terminal, every line of progress a line."""
-    assert "warn" not in (finished.out + finished.err).lower()
-    assert not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f]", finished.err)
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", finished.out)
-    first, *progress = finished.err.split("\r")
-    assert first == ""
-    assert all(line.endswith("\n") for line in progress)
-    training = [line for line in progress if "step/s" in line]
-    assert "100%" in training[-1]
-    assert "160/160" in training[-1]
-    assert "return" in training[-1]
-    run_dir = finished.run_dir.relative_to(finished.folder / "work")
-    first_line, second_line, *_ = finished.out.splitlines()
-    assert first_line == f"run folder: {run_dir}"
-    assert second_line.startswith("training on the CPU, which is slow")
-    assert finished.out.endswith(f"finished after 160 steps: {run_dir}\n")
-
-
-def test_the_final_test_can_be_seen(finished):
-    """A bar for each agent and kind of levels, that counts the episodes."""
-    lines = finished.err.replace("\r", "").splitlines()
-    for number in range(1, len(finished.folders) + 1):
-        for levels in ("training levels", "full distribution"):
-            bar = [line for line in lines if line.startswith(f"agent {number}, {levels}: ")]
-            assert " 0/4 " in bar[0]
-            assert " 4/4 " in bar[-1]
-            assert "episode" in bar[-1]
-    assert "final test, of 3 episodes on each kind of levels\n" in finished.out
-
-
-# The same run in another process, and others in this one.
-
-
-def test_agent_file(mdpo, trained):
-    """agent.pt makes the very agent that was trained."""
-    script = mdpo.script
-    for saved, agent in zip(trained.saved, trained.agents, strict=True):
-        assert saved["script"] == mdpo.name
-        assert saved["args"] == asdict(script.Args(**SETTINGS))
+def test_same_seed_same_agents(finished, tmp_path):
+    """agent.pt makes an agent: the one that is trained by the same run in this process, to the bit."""
+    script = finished.script
+    agents = []
+    with pytest.MonkeyPatch.context() as patch:
+        make_agent = script.Agent
+        patch.setattr(script, "Agent", lambda *inputs: agents.append(make_agent(*inputs)) or agents[-1])
+        assert train(script, tmp_path, *flags(**SETTINGS)) == 0
+    assert len(agents) == len(finished.folders)
+    for folder, agent in zip(finished.folders, agents, strict=True):
+        saved = load_agent(folder / "agent.pt")
+        assert saved["script"] == finished.name
         assert saved["global_step"] == 5 * BATCH_SIZE
+        assert saved["args"] == asdict(script.Args(**SETTINGS))
         rebuilt = script.Agent(channels=saved["args"]["channels"])
         rebuilt.load_state_dict(saved["agent"])
         assert same(dict(rebuilt.state_dict()), dict(agent.state_dict()))
 
 
-def test_same_seed_same_weights(mdpo, trained):
-    """To the bit, in another process."""
-    for folder, saved in zip(mdpo.folders, trained.saved, strict=True):
-        assert same(load_agent(folder / "agent.pt")["agent"], saved["agent"])
+def test_final_test_file(finished):
+    """Raw returns and what is made of them, with the interval that is printed."""
+    content = finished.final_test
+    assert content["global_step"] == 5 * BATCH_SIZE
+    assert len(content["agents"]) == len(finished.folders)
+    for kind in KINDS_OF_LEVELS:
+        after = finished.out.split(f"final test on {kind}, 3 episodes\n")[1].splitlines()
+        for number, agent in enumerate(content["agents"], 1):
+            returns = np.array(agent[kind]["returns"])
+            error = returns.std(ddof=1) / 3**0.5
+            assert agent[kind]["episodes"] == len(returns) == 3
+            assert agent[kind]["mean"] == pytest.approx(returns.mean())
+            assert agent[kind]["standard_error"] == pytest.approx(error)
+            assert after[number - 1] == f"agent {number}: {returns.mean():.2f} +- {1.96 * error:.2f}"
 
 
-def test_every_agent_is_trained(trained):
-    for weights, saved in zip(trained.first_weights, trained.saved, strict=True):
-        for name, weight in weights.items():
-            assert not torch.equal(weight, saved["agent"][name])
+def test_output(finished):
+    """Where the run is, how to stop it and to go on, and one bar; no warning."""
+    run_dir = finished.run_dir.relative_to(finished.folder / "work")
+    lines = finished.out.splitlines()
+    assert lines[0] == "cpu, the encoder in float32"
+    assert lines[1].startswith(f"run folder: {run_dir}; Ctrl-C stops")
+    assert f"--resume {run_dir} " in lines[1]
+    assert lines[-1] == f"finished after 160 steps: {run_dir}"
+    assert len(lines) == 5 + 2 * len(finished.folders)
+    assert "warn" not in (finished.out + finished.err).lower()
+    last_bar = finished.err.rstrip().split("\r")[-1]
+    assert "100%" in last_bar
+    assert "160/160" in last_bar
+    assert re.search(r"returns=\[" + ", ".join(["-?[0-9.]+"] * len(finished.folders)) + r"\]", last_bar)
 
 
-def test_agents_start_apart(trained):
-    """Other weights, other environments: every environment has its own seed, the tests' too."""
-    first, second = trained.first_weights
-    for name in first:
-        if name.endswith("weight"):
-            assert not torch.equal(first[name], second[name])
-    for one, other in combinations(trained.envs, 2):
-        assert one.seed != other.seed
-        if one.num == other.num:
-            assert (one.first_obs != other.first_obs).any()
-            assert one.levels[0] != other.levels[0]
+def test_track(tmp_path, monkeypatch):
+    """With an imitation of wandb: it is told of the run before the curves begin, and of the same run when it
+    goes on. WANDB_PROJECT and WANDB_ENTITY, which wandb itself reads, say where to."""
+    script = importlib.import_module("mdpo_procgen")
+    package = tmp_path / "packages"
+    package.mkdir()
+    (package / "wandb.py").write_text("calls = []\ndef init(**options):\n    calls.append(options)\n")
+    monkeypatch.syspath_prepend(package)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    import wandb
+
+    calls_before = []
+    make_writer = script.SummaryWriter
+
+    def note_calls(*inputs, **options):
+        calls_before.append(len(wandb.calls))
+        return make_writer(*inputs, **options)
+
+    monkeypatch.setattr(script, "SummaryWriter", note_calls)
+    settings = SETTINGS | {"total_timesteps": BATCH_SIZE, "eval_interval": 0, "track": True}
+    assert train(script, tmp_path, *flags(**settings)) == 0
+    run_dir = run_folder(tmp_path)
+    words = ["--resume", run_dir, "--device", "cpu", "--total-timesteps"]
+    assert train(script, tmp_path, *words, 2 * BATCH_SIZE) == 0
+    assert train(script, tmp_path, *words, 3 * BATCH_SIZE, "--no-track") == 0
+    assert calls_before == [1, 1, 2, 2, 2, 2]
+    for call, step in zip(wandb.calls, (1, 2), strict=True):
+        config = asdict(script.Args(**settings | {"total_timesteps": step * BATCH_SIZE}))
+        assert call == {"id": run_dir.name, "resume": "allow", "config": config, "sync_tensorboard": True}
+    assert not (run_dir / "final_test.json").exists()  # with --eval-interval 0 there is no test
+    for folder in agent_folders("mdpo_procgen", run_dir):
+        assert "charts/test_episodic_return" not in read_curves(folder)
 
 
-def test_another_seed_and_no_tests(tmp_path):
-    """With --eval-interval 0 no test runs, during training or after."""
-    runs = []
-    for seed in (1, 2):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        settings = {"total_timesteps": BATCH_SIZE, "eval_interval": 0, "seed": seed}
-        runs.append(train_here("mdpo_procgen", folder, **settings))
-        assert not (runs[-1].run_dir / "final_test.json").exists()
-        for each in agent_folders("mdpo_procgen", runs[-1].run_dir):
-            curves = read_curves(each)
-            assert "losses/value_loss" in curves
-            assert not TEST_TAGS & curves.keys()
-    one, other = runs
-    assert not same(one.saved[0]["agent"], other.saved[0]["agent"])
-    assert not same(one.first_weights[0], other.first_weights[0])
-    seeds = {envs.seed for envs in one.envs}
-    assert seeds.isdisjoint(envs.seed for envs in other.envs)
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_levels_that_are_played(name, tmp_path):
-    """The protocol of the paper: training, and one of the two final tests, on the training levels alone; the
-    other tests on levels from all that there are. That is looked up in the environments, in every step."""
-    settings = {"num_levels": 3, "start_level": 1000, "num_eval_envs": 3, "eval_interval": 2}
-    noted = train_here(name, tmp_path, total_timesteps=4 * BATCH_SIZE, update_epochs=1, **settings)
-    steps = {"training": [], "test on training levels": [], "test": []}
-    levels = {kind: set() for kind in steps}
-    for envs in noted.envs:
-        kind = "training"
-        if envs.num == 3:
-            kind = "test" if envs.num_levels == 0 else "test on training levels"
-        steps[kind].append(len(envs.actions))
-        for row in envs.levels:
-            levels[kind] |= set(row)
-    assert len({envs.seed for envs in noted.envs}) == len(noted.envs)
-    assert len(steps["test"]) == len(steps["test on training levels"]) == len(noted.agents)
-    assert steps["training"] == [4 * SETTINGS["num_steps"]] * 2
-    assert {1000, 1001, 1002} >= levels["training"]
-    assert {1000, 1001, 1002} >= levels["test on training levels"]
-    assert len(levels["training"]) >= 2
-    assert len(levels["test"]) > 6
-    assert not levels["test"] & {1000, 1001, 1002}
-    assert max(levels["test"]) > 10_000
-
-
-def test_tests_sample_their_actions(trained):
-    """As training does. A new policy is nearly uniform: greedy play would do the same thing all the time."""
-    for envs in trained.envs:
-        played = [action for row in envs.actions for action in row if action >= 0]
-        counts = np.bincount(played, minlength=15)
-        assert len(played) > 50
-        assert counts.max() < 0.4 * len(played)
-        assert (counts > 0).sum() > 8
-
-
-# Curves and final tests whose numbers are known.
+# Levels and numbers that are known.
 
 
 class KnownReturns:
     """Noise to look at, and episodes whose lengths and returns are known: environment i's last 3 + i steps,
-    and bring `base` + i, and 10 more with every episode. Notes (number of the step, return, length) of those
-    that end by themselves."""
+    and bring `base` + i, and 10 more with every episode. Notes (step, return, length) of those that ended."""
 
-    def __init__(self, num: int, base: float, rand_seed: int):
+    def __init__(self, num: int, base: float, levels: tuple):
         self.num = num
         self.base = base
-        self.rng = np.random.default_rng(rand_seed)
+        self.levels = levels  # their number, the first, and what chooses
+        self.rng = np.random.default_rng(levels)
         self.step = 0
         self.clock = np.zeros(num, int)
         self.episode = np.zeros(num, int)
@@ -437,501 +200,274 @@ class KnownReturns:
     def act(self, actions):
         self.step += 1
         self.clock += 1
-        self.reward = np.zeros(self.num, np.float32)
-        for i in range(self.num):
-            if actions[i] == -1:
-                self.clock[i] = 0
-            if self.clock[i] == 3 + i:
-                bonus = 10 * self.episode[i]
-                self.reward[i] = self.base + i + bonus
-                self.ended.append((self.step, self.reward[i], 3 + i))
-                self.clock[i] = 0
-                self.episode[i] += 1
+        lengths = 3 + np.arange(self.num)
+        ends = self.clock == lengths
+        self.reward = np.where(ends, self.base + np.arange(self.num) + 10 * self.episode, 0)
+        for i in np.flatnonzero(ends):
+            self.ended.append((self.step, self.reward[i], lengths[i]))
+        self.episode[ends] += 1
+        self.clock[ends] = 0
 
     def observe(self):
-        shape = (self.num, 16, 16, 3)
-        obs = self.rng.integers(256, size=shape, dtype=np.uint8)
-        return self.reward, {"rgb": obs}, self.clock == 0
+        obs = self.rng.integers(256, size=(self.num, 16, 16, 3), dtype=np.uint8)
+        return self.reward.astype(np.float32), {"rgb": obs}, self.clock == 0
 
     def get_state(self):
-        return [pickle.dumps(vars(self))]
-
-    def set_state(self, states):
-        vars(self).update(pickle.loads(states[0]))
-
-    def close(self):
-        pass
+        return []
 
 
-BASES = {"training": 100.0, "test": 2000.0, "test on training levels": 5000.0}  # and 10,000 for each agent
-
-
+BASES = {"training": 100.0, "test": 2000.0, "full_distribution": 3000.0, "training_levels": 5000.0}
 KNOWN_BATCH_SIZE = 64
-NUMBERS_OF_AGENTS = [("ppo_procgen", 1), ("mdpo_procgen", 2), ("mdpo_procgen", 3)]
 
 
-@pytest.fixture(scope="module", params=NUMBERS_OF_AGENTS)
+@pytest.fixture(scope="module", params=[("spo_procgen", 1), ("mdpo_procgen", 2), ("mdpo_procgen", 3)])
 def known(request, tmp_path_factory):
-    """A run of 6 iterations, with a test in every second, with known returns; and each call of the loss."""
+    """A run of 4 iterations, a test in every second, with known returns, 10,000 apart between agents, and
+    each call of the loss."""
     name, num_agents = request.param
     script = importlib.import_module(name)
     folder = tmp_path_factory.mktemp("known")
-    noted = SimpleNamespace(name=name, num_agents=num_agents, losses=[])
-    noted.envs = {kind: [] for kind in BASES}
+    known = SimpleNamespace(num_agents=num_agents, envs={kind: [] for kind in BASES}, losses=[])
 
-    def make_known(args, num, num_levels, start_level, rand_seed):
-        kind = "training"
-        if num == args.num_eval_envs:
-            kind = "test" if num_levels == 0 else "test on training levels"
-        groups_per_agent = 2 if kind == "training" and num_agents == 1 else 1
-        agent = len(noted.envs[kind]) // groups_per_agent
-        envs = KnownReturns(num, BASES[kind] + 10_000 * agent, rand_seed)
-        noted.envs[kind].append(envs)
-        return envs
+    def make_known(args, num, *levels):
+        kind = {5: "full_distribution", 6: "test"}.get(num, "training")
+        if num == 5 and levels[0] > 0:
+            kind = "training_levels"
+        per_agent = 2 if kind == "training" and num_agents == 1 else 1
+        agent = len(known.envs[kind]) // per_agent % num_agents
+        known.envs[kind].append(KnownReturns(num, BASES[kind] + 10_000 * agent, levels))
+        return known.envs[kind][-1]
 
     compute_loss = script.compute_loss
 
     def note_loss(*inputs):
         loss, metrics = compute_loss(*inputs)
-        noted.losses.append(metrics)
+        known.losses.append(metrics)
         return loss, metrics
 
-    settings = SETTINGS | {"total_timesteps": 6 * KNOWN_BATCH_SIZE, "eval_interval": 2, "num_eval_envs": 3}
-    settings |= {"num_envs": 4, "num_steps": 16, "final_eval_episodes": 6}
+    settings = SETTINGS | {"total_timesteps": 4 * KNOWN_BATCH_SIZE, "num_levels": 3, "start_level": 1000}
+    settings |= {"num_envs": 4, "num_steps": 16, "num_eval_envs": 6, "final_eval_episodes": 5}
     if num_agents > 1:
         settings["num_agents"] = num_agents
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
         patch.setattr(script, "make_envs", make_known)
         patch.setattr(script, "compute_loss", note_loss)
-        script.main(script.Args(**settings))
-    noted.run_dir = run_folder(folder)
-    folders = agent_folders(name, noted.run_dir, num_agents)
-    noted.curves = [read_curves(each) for each in folders]
-    return noted
+        assert train(script, folder, *flags(**settings)) == 0
+    run_dir = run_folder(folder)
+    known.final_test = json.loads((run_dir / "final_test.json").read_text())
+    known.curves = [read_curves(each) for each in agent_folders(name, run_dir, num_agents)]
+    return known
 
 
-def ended_in_training(known, agent: int, iteration: int) -> list[tuple[float, int]]:
-    """(return, length) of the agent's episodes that ended in that iteration, the first being 1."""
-    groups_per_agent = 2 if known.num_agents == 1 else 1
-    all_envs = known.envs["training"][agent * groups_per_agent :][:groups_per_agent]
-    first_step = 16 * (iteration - 1) + 1
-    last_step = 16 * iteration
-    ended = []
-    for envs in all_envs:
-        for step, episode_return, length in envs.ended:
-            if first_step <= step <= last_step:
-                ended.append((episode_return, length))
-    return ended
+def test_levels(known):
+    """The protocol of the paper: training, and one of the two final tests, on the training levels alone; the
+    other tests on the full distribution, each on other levels."""
+    for kind, levels in [
+        ("training", (3, 1000)),
+        ("training_levels", (3, 1000)),
+        ("full_distribution", (0, 0)),
+    ]:
+        assert {envs.levels[:2] for envs in known.envs[kind]} == {levels}
+    tests = known.envs["test"]
+    assert {envs.levels[:2] for envs in tests} == {(0, 0)}
+    assert len(tests) == 2 * known.num_agents
+    assert len({envs.levels for envs in tests}) == 2
+    assert len({envs.levels for envs in known.envs["training"]}) == len(known.envs["training"]) >= 2
 
 
 def test_training_returns_are_means_over_all_episodes(known):
-    """Of the agent's own."""
+    """Those of the agent's own that ended in the iteration."""
+    per_agent = 2 if known.num_agents == 1 else 1
     for agent, curves in enumerate(known.curves):
-        for iteration in range(1, 7):
-            ended = ended_in_training(known, agent, iteration)
-            assert len(ended) > 6
-            mean_return, mean_length = np.mean(ended, axis=0)
+        ended = []
+        for envs in known.envs["training"][agent * per_agent :][:per_agent]:
+            ended += envs.ended
+        for iteration in range(1, 5):
+            steps = range(16 * (iteration - 1) + 1, 16 * iteration + 1)
+            means = np.mean([episode[1:] for episode in ended if episode[0] in steps], axis=0)
             step = iteration * KNOWN_BATCH_SIZE
-            assert curves["charts/episodic_return"][step] == pytest.approx(mean_return)
-            assert curves["charts/episodic_length"][step] == pytest.approx(mean_length)
+            assert curves["charts/episodic_return"][step] == pytest.approx(means[0])
+            assert curves["charts/episodic_length"][step] == pytest.approx(means[1])
 
 
-def test_test_returns_are_means_over_the_first_episodes(known):
-    """On the full distribution, one episode in each of three environments, which take 3, 4 and 5 steps; and
-    how far they are below the last training return."""
+def test_test_returns_are_means_over_first_episodes(known):
+    """One episode in each environment, the short ones no more often than the long ones; in the final test in
+    the order of the environments."""
+    assert len(known.final_test["agents"]) == known.num_agents
     for agent, curves in enumerate(known.curves):
-        ended = known.envs["test"][agent].ended
-        base = BASES["test"] + 10_000 * agent
-        returns = curves["charts/test_episodic_return"]
-        assert list(returns) == [2 * KNOWN_BATCH_SIZE, 4 * KNOWN_BATCH_SIZE, 6 * KNOWN_BATCH_SIZE]
-        assert returns[2 * KNOWN_BATCH_SIZE] == pytest.approx(base + 1)
-        for step, value in returns.items():
-            assert value == pytest.approx(base + 1, abs=60)
+        base = 10_000 * agent
+        tests = curves["charts/test_episodic_return"]
+        assert tests == dict.fromkeys((128, 256), BASES["test"] + base + 2.5)
+        for step, value in tests.items():
             gap = curves["charts/episodic_return"][step] - value
             assert curves["charts/generalization_gap"][step] == pytest.approx(gap, abs=1e-2)
-        assert len(ended) >= 3 * 3 + 6
-
-
-def test_final_test_returns(known):
-    """Two whole episodes in each of three environments, in the order of the environments."""
-    content = json.loads((known.run_dir / "final_test.json").read_text())
-    for agent, result in enumerate(content["agents"]):
-        base = BASES["test on training levels"] + 10_000 * agent
-        expected = [base, base + 10, base + 1, base + 11, base + 2, base + 12]
-        assert result["training_levels"]["returns"] == expected
-        assert result["training_levels"]["mean"] == base + 6
-        test = result["full_distribution"]
-        envs = known.envs["test"][agent]
-        played = {episode_return for _, episode_return, _ in envs.ended}
-        assert played >= set(test["returns"])
-        assert test["mean"] == pytest.approx(envs.base + 6, abs=100)
+        for kind in KINDS_OF_LEVELS:
+            expected = [BASES[kind] + base + i for i in range(5)]
+            assert known.final_test["agents"][agent][kind]["returns"] == expected
 
 
 def test_loss_curves_are_means_over_the_iteration(known):
     """Of the agent's own numbers, over all minibatches of all epochs."""
     per_iteration = 2 * SETTINGS["num_minibatches"]
-    assert len(known.losses) == 6 * per_iteration
-    for iteration in range(1, 7):
+    assert len(known.losses) == 4 * per_iteration
+    for iteration in range(1, 5):
         calls = known.losses[(iteration - 1) * per_iteration : iteration * per_iteration]
         for agent, curves in enumerate(known.curves):
             for name in calls[0][agent]:
-                values = [call[agent][name].item() for call in calls]
-                mean = np.mean(values)
+                mean = np.mean([call[agent][name].item() for call in calls])
                 logged = curves[f"losses/{name}"][iteration * KNOWN_BATCH_SIZE]
-                assert logged == pytest.approx(mean, rel=1e-4, abs=1e-7), name
+                assert logged == pytest.approx(mean, rel=1e-4, abs=1e-6), name
 
 
 # Signals.
 
-SIGNALS = [("ppo_procgen", signal.SIGINT), ("mdpo_procgen", signal.SIGTERM)]
+ENDLESS = SETTINGS | {"total_timesteps": 10_000_000, "eval_interval": 0, "checkpoint_interval": 10**9}
+SAYS_SO = "stopping after this iteration; once more stops at once"
 
 
-def assert_stopped(name: str, folder, result, signal_number: int) -> int:
-    """By a signal: with the line that says how to go on, whole files, no final test. Returns the step."""
-    assert result.status == 128 + signal_number, result.err
-    assert "Traceback" not in result.err
-    assert "once more stops at once" in result.err
-    run_dir = run_folder(folder)
-    last_line = result.out.splitlines()[-1]
-    match = re.fullmatch(r"stopped after ([\d,]+) steps; to go on: --resume (\S+)", last_line)
-    assert match[2] == str(run_dir.relative_to(folder))
-    step = int(match[1].replace(",", ""))
-    assert step % BATCH_SIZE == 0
-    assert load(run_dir / "checkpoint.pt")["position"]["global_step"] == step
-    assert not (run_dir / "final_test.json").exists()
-    agent = importlib.import_module(name).Agent(channels=(4, 4, 4))
-    for agent_folder in agent_folders(name, run_dir):
-        weights = load_agent(agent_folder / "agent.pt")["agent"]
-        agent.load_state_dict(weights)
-    return step
-
-
-def wait_for_checkpoint(folder, iteration: int):
-    """Until the run in this folder has written one of this iteration, or a later one."""
-    deadline = time.time() + 60
-    while time.time() < deadline:
-        for path in folder.glob("runs/*/checkpoint.pt"):
-            if iteration_of(path.parent) >= iteration:
-                return
+def wait_for_checkpoint(folder):
+    """Until the run in this folder has written the one of its beginning."""
+    deadline = time.time() + 100
+    while not list(folder.glob("runs/*/checkpoint.pt")):
+        assert time.time() < deadline
         time.sleep(0.05)
-    raise AssertionError(f"there is no checkpoint of iteration {iteration}")
 
 
-def check_signal_in_training(name: str, folder, run, signal_number: int):
-    """The iteration under way is finished and its agents are saved."""
-    wait_for_checkpoint(folder, iteration=2)
-    os.kill(run.id, signal_number)
-    result = run.finish()
-    step = assert_stopped(name, folder, result, signal_number)
-    assert step >= 2 * BATCH_SIZE
-    for agent_folder in agent_folders(name, run_folder(folder)):
-        assert max(read_curves(agent_folder)["losses/value_loss"]) == step
-
-
-class Shell:
-    """A run from the shell with the methods of a Fork."""
-
-    def __init__(self, name: str, folder, words):
-        self.process = start_script(name, folder, *words)
-        self.id = self.process.pid
-
-    def wait_for_line(self, start: str):
-        for line in self.process.stdout:
-            if line.startswith(start):
-                return
-        raise AssertionError(self.process.stderr.read())
-
-    def finish(self, most_seconds: int = 100) -> SimpleNamespace:
-        try:
-            out, err = self.process.communicate(timeout=most_seconds)
-        finally:
-            self.process.kill()
-        return SimpleNamespace(status=self.process.returncode, out=out, err=err)
-
-
-ENDLESS = SETTINGS | {"total_timesteps": 10_000_000, "eval_interval": 0, "checkpoint_interval": 1}
-LONG_FINAL_TEST = SETTINGS | {"total_timesteps": BATCH_SIZE, "final_eval_episodes": 1_000_000}
-# Random play in heist goes on for up to 1000 steps.
-LONG_TEST = ENDLESS | {"env_id": "heist", "eval_interval": 1, "num_eval_envs": 64}
-
-
-@pytest.mark.parametrize(("name", "signal_number"), SIGNALS)
-def test_signal(name, signal_number, tmp_path):
-    run = Fork(importlib.import_module(name), tmp_path, flags(**ENDLESS))
-    run.wait_for_line("run folder: runs/")
-    check_signal_in_training(name, tmp_path, run, signal_number)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "signal_number"), SIGNALS)
-def test_signal_from_the_shell(name, signal_number, tmp_path):
-    run = Shell(name, tmp_path, flags(**ENDLESS))
-    run.wait_for_line("run folder: runs/")
-    check_signal_in_training(name, tmp_path / "work", run, signal_number)
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_what_reads_the_output_ends_first(name, tmp_path):
-    """The run goes on, and a signal stops it as ever."""
-    run = Fork(importlib.import_module(name), tmp_path, flags(**ENDLESS))
-    wait_for_checkpoint(tmp_path, iteration=1)
-    run.out.close()
-    run.err.close()
-    reached = iteration_of(run_folder(tmp_path))
-    wait_for_checkpoint(tmp_path, reached + 3)
-    os.kill(run.id, signal.SIGINT)
-    _, wait_status = os.waitpid(run.id, 0)
-    assert os.waitstatus_to_exitcode(wait_status) == 128 + signal.SIGINT
-    for folder in agent_folders(name, run_folder(tmp_path)):
-        assert (folder / "agent.pt").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("streams", ["2>&1", ""])
-def test_ctrl_c_in_a_pipeline(streams, tmp_path):
-    """A terminal sends SIGINT to tee, too, which ends at once."""
-    command, options = shell("mdpo_procgen", tmp_path)
-    command += map(str, flags(**ENDLESS))
-    pipeline = f"trap : INT; {shlex.join(map(str, command))} {streams} | tee log; exit ${{PIPESTATUS[0]}}"
-    with subprocess.Popen(
-        ["bash", "-c", pipeline], stderr=subprocess.PIPE, start_new_session=True, **options
-    ) as process:
-        folder = tmp_path / "work"
-        wait_for_checkpoint(folder, iteration=1)
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT
-    assert b"Traceback" not in err
-    assert b"Broken pipe" not in err
-    for agent_folder in agent_folders("mdpo_procgen", run_folder(folder)):
-        assert (agent_folder / "agent.pt").exists()
-
-
-def test_without_output(tmp_path):
-    """As where the shell has closed it: >&- 2>&-"""
-
-    def close_both():
-        sys.stdout = None
-        sys.stderr = None
-
-    script = importlib.import_module("ppo_procgen")
-    words = flags(**(SETTINGS | {"total_timesteps": BATCH_SIZE, "eval_interval": 0}))
-    assert Fork(script, tmp_path, words, close_both).finish().status == 0
-    assert iteration_of(run_folder(tmp_path)) == 1
-    assert (run_folder(tmp_path) / "agent.pt").exists()
-
-
-def check_signal_in_final_test(name: str, folder, run, signal_number: int):
-    """It ends at once, and --resume repeats the test alone."""
-    run.wait_for_line("final test, of")
-    time.sleep(0.3)
-    start_time = time.time()
-    os.kill(run.id, signal_number)
-    result = run.finish(most_seconds=20)
-    assert time.time() - start_time < 4  # one second, where nothing else is at work
-    step = assert_stopped(name, folder, result, signal_number)
-    assert step == BATCH_SIZE
-    assert "stopping; once more" in result.err
-    script = importlib.import_module(name)
-    words = ["--resume", run_folder(folder), *flags(device="cpu", final_eval_episodes=2)]
-    checkpoint = load(run_folder(folder) / "checkpoint.pt")
-    assert train(script, folder, *words) == 0
-    assert (run_folder(folder) / "final_test.json").exists()
-    after = load(run_folder(folder) / "checkpoint.pt")
-    assert same(checkpoint["agents"], after["agents"])
-
-
-@pytest.mark.parametrize(("name", "signal_number"), SIGNALS[:1])
-def test_signal_in_the_final_test(name, signal_number, tmp_path):
-    run = Fork(importlib.import_module(name), tmp_path, flags(**LONG_FINAL_TEST))
-    check_signal_in_final_test(name, tmp_path, run, signal_number)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "signal_number"), SIGNALS)
-def test_signal_in_the_final_test_from_the_shell(name, signal_number, tmp_path):
-    run = Shell(name, tmp_path, flags(**LONG_FINAL_TEST))
-    check_signal_in_final_test(name, tmp_path / "work", run, signal_number)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "signal_number"), SIGNALS)
-def test_signal_in_a_test_from_the_shell(name, signal_number, tmp_path):
-    """In the middle of a run, of 64 environments: it ends at once, and is still due."""
-    run = Shell(name, tmp_path, flags(**LONG_TEST))
-    wait_for_checkpoint(tmp_path / "work", iteration=0)
-    time.sleep(2)  # the iteration before it takes less
-    start_time = time.time()
-    os.kill(run.id, signal_number)
-    result = run.finish()
-    assert time.time() - start_time < 4
+def test_a_signal_ends_the_iteration(tmp_path):
+    """It says so, and what it has saved is of one step, from which the run goes on."""
+    process = start_script("mdspo_procgen", tmp_path, *flags(**ENDLESS))
     folder = tmp_path / "work"
-    step = assert_stopped(name, folder, result, signal_number)
-    assert step == BATCH_SIZE
-    assert load(run_folder(folder) / "checkpoint.pt")["position"]["test_due"]
-
-
-def test_second_signal_kills(tmp_path):
-    """In an iteration that would take a minute."""
-    script = importlib.import_module("ppo_procgen")
-
-    def make_rollout_slow():
-        def wait_a_minute(*inputs):
-            print("rollout", flush=True)
-            time.sleep(60)
-
-        script.rollout = wait_a_minute
-
-    run = Fork(script, tmp_path, flags(**ENDLESS), make_rollout_slow)
-    run.wait_for_line("rollout")
-    os.kill(run.id, signal.SIGINT)
-    time.sleep(0.5)
-    assert run.running()
-    os.kill(run.id, signal.SIGINT)
-    result = run.finish()
-    assert result.status == -signal.SIGINT
-    assert result.err.count("stopping after this iteration; once more stops at once") == 1
-    assert "Traceback" not in result.err
-
-
-@pytest.mark.parametrize(
-    ("seconds", "done", "words"),
-    [
-        (10, 0.5, " after this iteration, in about 10 seconds"),
-        (20, 0.25, " after this iteration, in about 60 seconds"),
-        (100, 0.25, " after this iteration, in about 5 minutes"),
-        (10, 0.0, " after this iteration"),
-    ],
-)
-def test_a_signal_is_told_how_long_it_takes(monkeypatch, capfd, seconds, done, words):
-    script = importlib.import_module("ppo_procgen")
-    args = script.Args(**SETTINGS)
-    clock = SimpleNamespace(time=lambda: 1000.0)
-    monkeypatch.setattr(script, "time", clock)
-    stop = script.Stop()
-    progress = script.Progress(args, 1, 0, 160)
-    stop.progress = progress
-    progress.begin_iteration()
-    progress.advance(done)
-    clock.time = lambda: 1000.0 + seconds
-    handlers = get_handlers()
     try:
-        stop.catch_signals()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal_number == signal.SIGTERM
-        assert stop.requested
+        wait_for_checkpoint(folder)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=100)
     finally:
-        set_handlers(handlers)
-    assert f"\nstopping{words}; once more stops at once\n" in capfd.readouterr().err
-    progress.end_iteration()
-    assert progress.time_left() == ""  # between iterations, as in a test
-    progress.close()
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err.count(SAYS_SO) == 1
+    assert "Traceback" not in err
+    run_dir = run_folder(folder)
+    step = step_of(run_dir)
+    assert step >= BATCH_SIZE
+    assert not (run_dir / "final_test.json").exists()
+    for agent_folder in agent_folders("mdspo_procgen", run_dir):
+        assert load_agent(agent_folder / "agent.pt")["global_step"] == step
+    words = ["--resume", run_dir, *flags(device="cpu", total_timesteps=step + BATCH_SIZE)]
+    assert train(importlib.import_module("mdspo_procgen"), folder, *words) == 0
+    assert step_of(run_dir) == step + BATCH_SIZE
 
 
-def test_progress_reaches_its_end(finished):
-    """The shares of an iteration's steps and minibatches make one."""
-    script = finished.script
-    args = script.Args(**SETTINGS)
-    progress = script.Progress(args, len(finished.folders), 0, 160)
-    progress.begin_iteration()
-    for _ in range(args.num_steps + 1):
-        progress.advance(progress.share_of_step)
-    assert 0 < progress.bar.n < BATCH_SIZE / 2
-    for _ in range(args.update_epochs * args.num_minibatches):
-        progress.advance(progress.share_of_minibatch)
-    assert progress.done == pytest.approx(1)
-    assert progress.bar.n == BATCH_SIZE
-    progress.close()
+def test_a_second_signal_kills(tmp_path):
+    """In an iteration that would take hours."""
+    process = start_script("ppo_procgen", tmp_path, *flags(**ENDLESS | {"update_epochs": 10_000_000}))
+    try:
+        wait_for_checkpoint(tmp_path / "work")
+        process.send_signal(signal.SIGINT)
+        line = ""
+        while SAYS_SO not in line:
+            line = process.stderr.readline()
+            assert line
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in err
+    assert step_of(run_folder(tmp_path / "work")) == 0
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_progress_shows_returns(name):
-    """Of each agent; nan would look like a run that has gone wrong."""
-    script = importlib.import_module(name)
-    progress = script.Progress(script.Args(**SETTINGS), 2, 0, 160)
-    begun = SimpleNamespace(train_return=2.5, test_return=math.nan)
-    trained = SimpleNamespace(train_return=3.0, test_return=-1.25)
-    progress.show_returns([begun, trained])
-    assert progress.bar.postfix == "return 2.50 (test -)/3.00 (test -1.25)"
-    progress.close()
-
-
-# The rest.
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BOTH)
-def test_more_memory_than_there_is(name, tmp_path):
-    """One line that says what to ask less of."""
-    settings = SETTINGS | {"num_envs": 65536, "num_steps": 4096, "total_timesteps": 2**30}  # 3 TB
-    process = start_script(name, tmp_path, *flags(**settings))
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert err.count("\n") == 1, err
-    assert "out of memory" in err
-    assert "--num-envs" in err
-
-
-@pytest.mark.parametrize(
-    ("error", "known"),
-    [
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
-        (torch.OutOfMemoryError("CUDA out of memory."), True),
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
-        (MemoryError(), True),
-        (RuntimeError("shapes do not fit"), False),
-    ],
-)
-def test_out_of_memory_is_told_from_other_errors(error, known, tmp_path, monkeypatch, capsys):
-    """Those are ours to mend, and come with their traceback."""
+@pytest.mark.parametrize("last", [True, False], ids=["final", "on_the_way"])
+def test_a_signal_ends_a_test_at_once(last, tmp_path, monkeypatch):
+    """The training before it is saved, and --resume makes the test anew."""
     script = importlib.import_module("ppo_procgen")
+    evaluate = script.evaluate
+    steps = 0
 
-    def fail(*inputs):
-        raise error
+    def act(agent, obs, act=script.act):
+        nonlocal steps
+        steps += 1
+        return act(agent, obs)
 
-    monkeypatch.setattr(script, "set_up", fail)
-    if known:
-        assert train(script, tmp_path, *flags(**SETTINGS)) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("ppo_procgen.py: error: out of memory: smaller --num-envs")
-        assert err.count("\n") == 1
-    else:
-        with pytest.raises(RuntimeError, match="shapes"):
-            train(script, tmp_path, *flags(**SETTINGS))
+    def evaluate_with_signal(*inputs):
+        nonlocal steps
+        stop.append(signal.SIGTERM)
+        steps = 0
+        return evaluate(*inputs)
+
+    stop = []
+    monkeypatch.setattr(script, "act", act)
+    monkeypatch.setattr(script, "evaluate", evaluate_with_signal)
+    settings = SETTINGS | {"eval_interval": 2 if last else 1, "total_timesteps": BATCH_SIZE}
+    assert train(script, tmp_path, *flags(**settings), stop=stop) == 128 + signal.SIGTERM
+    assert steps == 0
+    monkeypatch.undo()
+    run_dir = run_folder(tmp_path)
+    assert not (run_dir / "final_test.json").exists()
+    trained = load(run_dir / "checkpoint.pt")
+    assert trained["global_step"] == BATCH_SIZE
+    assert train(script, tmp_path, "--resume", run_dir, "--device", "cpu") == 0
+    assert (run_dir / "final_test.json").exists()
+    assert same(load(run_dir / "checkpoint.pt")["agents"], trained["agents"])
+    assert ("charts/test_episodic_return" in read_curves(run_dir)) != last
+
+
+# Import and help.
+
+
+def run_python(code: str, folder, **env: str) -> str:
+    """What the code prints, in a process that finds the scripts, and first what is in the folder."""
+    env = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"} | env
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
 
 
 def test_import_does_nothing(tmp_path):
     code = "import random, signal, numpy, torch\n"
-    code += "before = signal.getsignal(signal.SIGINT), torch.initial_seed()\n"
-    code += "before += random.getstate(), numpy.random.get_state()[1].tolist()\n"
-    code += f"import {', '.join(SCRIPTS)}\n"
-    code += "assert before[:2] == (signal.getsignal(signal.SIGINT), torch.initial_seed())\n"
-    code += "assert before[2:] == (random.getstate(), numpy.random.get_state()[1].tolist())\n"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path)}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, cwd=tmp_path, env=env, timeout=60)
-    assert result.returncode == 0
-    assert result.stdout == result.stderr == b""
+    state = (
+        "signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.get_rng_state().tolist(), "
+    )
+    state += "random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_num_threads(), "
+    state += "torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32"
+    code += f"before = {state}\nimport {', '.join(SCRIPTS)}\nassert before == ({state})\n"
+    assert run_python(code, tmp_path, HOME=str(tmp_path)) == ""
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_help(name, tmp_path, capsys):
-    """Every flag, each with some words about it."""
-    script = importlib.import_module(name)
+@pytest.mark.parametrize(
+    ("given", "spin_count"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_waiting_threads_give_way(given, spin_count, tmp_path, monkeypatch):
+    """What says so to OpenMP must be set before torch is imported; what the user has set stays."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    stand_in = "import os\nraise ImportError(os.environ.get('GOMP_SPINCOUNT'))\n"
+    (tmp_path / "torch.py").write_text(stand_in)
+    for name in SCRIPTS:
+        code = f"try:\n    import {name}\nexcept ImportError as error:\n    print(error)\n"
+        assert run_python(code, tmp_path, **given) == f"{spin_count}\n"
+
+
+def test_help(script, tmp_path, capsys):
+    """Every flag, each with some words about it, and the docstring with its equation."""
     with pytest.raises(SystemExit) as stop:
         parse(script, tmp_path, "--help")
     out, err = capsys.readouterr()
     assert stop.value.code == 0
     assert err == ""
+    for line in script.__doc__.splitlines():
+        assert line.strip() in out
     helps = {}
     for entry in re.split(r"\n[\u2500-\u257f ] (?=-)", out)[1:]:
         words = without_boxes(entry)
         flag = re.search(r"--([\w-]+)", words)[1]
         text = re.sub(r"--?[\w-]+,?|\b[A-Z|]{2,}\b|\(default:.*", "", words)
         helps[flag.replace("-", "_")] = text.strip()
-    names = {each.name for each in fields(script.Args)}
-    assert helps.keys() == names | {"help"}
+    assert helps.keys() == {each.name for each in fields(script.Args)} | {"help"}
     for flag, text in helps.items():
         assert re.search("[a-z]{2}", text), flag

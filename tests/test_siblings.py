@@ -2,16 +2,13 @@
 
 import ast
 import difflib
-import importlib
 import re
 import subprocess
 import sys
 from itertools import combinations
 
 import pytest
-from common import ROOT, SCRIPTS
-
-import robustness_eval
+from common import ROOT
 
 NAMES = ("ppo", "spo", "mdpo", "mdspo")
 FILES = [f"{name}_procgen.py" for name in NAMES] + ["robustness_eval.py"]
@@ -26,8 +23,6 @@ MAY_DIFFER = {
     "set_up": BY_DISTILLATION,  # one agent, or --num-agents
 }
 ONLY_MUTUAL = {"mutual_kl"}
-# What robustness_eval.py has of them.
-SHARED = {"Agent", "ResidualBlock", "Failure", "Range", "check_ranges"}
 
 
 def source(name: str) -> str:
@@ -35,12 +30,14 @@ def source(name: str) -> str:
 
 
 def definitions(text: str) -> dict[str, str]:
-    """Source of every function and class at the top level, decorators included."""
-    found = {}
-    for node in ast.parse(text).body:
+    """Source of every function and class at the top level, decorators included, and of the rest."""
+    found = {"": ""}
+    for node in ast.parse(text).body[1:]:  # without the docstring
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             decorators = [ast.unparse(each) for each in node.decorator_list]
             found[node.name] = f"{decorators}{ast.get_source_segment(text, node)}"
+        else:
+            found[""] += f"{ast.get_source_segment(text, node)}\n"
     return found
 
 
@@ -63,23 +60,9 @@ def test_one_name_one_source(one, other):
     assert different == {name for name, pairs in MAY_DIFFER.items() if (one, other) in pairs}
 
 
-def test_the_robustness_script_has_their_text():
-    """What it shares by name; its settings and its main are its own."""
-    ours = definitions((ROOT / "robustness_eval.py").read_text())
-    theirs = definitions(source("ppo"))
-    shared = ours.keys() & theirs.keys() - {"Args", "main", "parse_args", "run_from_shell"}
-    assert shared >= SHARED
-    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_robustness_script_knows_their_games(name):
-    assert robustness_eval.MODES == importlib.import_module(name).MODES
-
-
 def test_the_two_patches_are_equal():
-    assert patch("ppo", "spo") == patch("mdpo", "mdspo")
-    assert patch("ppo", "mdpo") == patch("spo", "mdspo")
+    assert patch("ppo", "spo") == patch("mdpo", "mdspo") != []
+    assert patch("ppo", "mdpo") == patch("spo", "mdspo") != []
 
 
 @pytest.mark.parametrize(
@@ -99,11 +82,6 @@ def test_main_can_be_read_in_one_go(name):
     assert main.end_lineno - main.lineno < 100
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_nobody_parses_the_box_that_tyro_draws(file):
-    assert not re.search("[\u2500-\u257f]", (ROOT / file).read_text())
-
-
 def pins(text: str) -> set[str]:
     """Requirements without comments, with one way to quote and to space."""
     lines = (line.split("#")[0].replace('"', "'") for line in text.splitlines())
@@ -112,10 +90,13 @@ def pins(text: str) -> set[str]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_inline_metadata_agrees_with_the_requirements(file):
+    """And has all that is imported, unless it is a script beside it."""
     text = (ROOT / file).read_text()
     block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", text, re.M).group(1)
     dependencies = re.findall(r'"([^"\n]+)"', block.split("dependencies = ", 1)[1])
     assert pins("\n".join(dependencies)) <= pins((ROOT / "requirements.txt").read_text())
-    modules = re.findall(r"^(?:import|from) (\w+)", text, re.M)
-    imports = {PACKAGES.get(module, module) for module in modules}
-    assert imports - set(sys.stdlib_module_names) <= {re.split("[=;]", pin)[0] for pin in dependencies}
+    imports = set()
+    for module in re.findall(r"^(?:import|from) (\w+)", text, re.M):
+        if module not in sys.stdlib_module_names and not (ROOT / f"{module}.py").exists():
+            imports.add(PACKAGES.get(module, module))
+    assert imports <= {re.split("[=;]", pin)[0] for pin in dependencies}

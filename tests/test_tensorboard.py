@@ -1,156 +1,94 @@
-"""What TensorBoard's page shows of runs, asked of its own server, with either of its readers."""
+"""The curves of runs: their tags, one point an iteration, what their numbers can be, and the one chart."""
 
-import json
+import math
 import re
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
-from urllib.parse import urlencode
-from urllib.request import urlopen
 
 import pytest
-from common import TINY, copy_run, flags, read_points, train, train_straight
+from common import TINY, agent_folders, copy_run, flags, read_events, read_points, train, train_straight
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-# 4 iterations, with a checkpoint after the second and a test after the third.
+# 4 iterations, with a checkpoint and a test after the second and the fourth.
 STEPS = [128, 256, 384, 512]
 SETTINGS = TINY | {
     "num_steps": 32,
-    "total_timesteps": 512,
+    "total_timesteps": 600,
     "checkpoint_interval": 2,
+    "eval_interval": 2,
     "final_eval_episodes": 2,
 }
+# Tag, and the range of its values.
+TRAINING_TAGS = {
+    "charts/episodic_return": (-1e3, 1e3),
+    "charts/episodic_length": (1, 1e3),
+    "charts/SPS": (0, 1e9),
+    "charts/learning_rate": (4.999e-4, 5.001e-4),
+    "losses/policy_loss": (-1e3, 1e3),
+    "losses/value_loss": (0, 1e3),
+    "losses/entropy": (1, math.log(15) + 1e-5),
+    "losses/old_approx_kl": (-1e3, 1e3),
+    "losses/approx_kl": (-1e-6, 1e3),
+    "losses/clipfrac": (0, 1),
+    "losses/explained_variance": (-1e9, 1),
+}
+TEST_TAGS = {"charts/test_episodic_return": (-1e3, 1e3), "charts/generalization_gap": (-1e3, 1e3)}
+OF_PAIRS = {"losses/mutual_kl": (0, 1e3)}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with the runs of one agent, of the same one killed and resumed, and of a pair; and for each of
-    their names on the page the script."""
+    """A run of one agent, the same killed after its second iteration and resumed, and a pair."""
     folder = tmp_path_factory.mktemp("logs")
     for each in ("one", "pair", "resumed"):
         (folder / each).mkdir()
-    one = train_straight("ppo_procgen", folder / "one", SETTINGS)
+    one = train_straight("spo_procgen", folder / "one", SETTINGS)
     pair = train_straight("mdpo_procgen", folder / "pair", SETTINGS)
     resumed = copy_run(one, 2, folder / "resumed", finished=False)
     assert train(one.script, folder / "resumed", "--resume", resumed, *flags(device="cpu")) == 0
-    scripts = {
-        one.run_dir: one.script,
-        resumed: one.script,
-        pair.run_dir / "agent_1": pair.script,
-        pair.run_dir / "agent_2": pair.script,
-    }
-    return SimpleNamespace(
-        folder=folder,
-        scripts={str(path.relative_to(folder)): script for path, script in scripts.items()},
-        resumed=str(resumed.relative_to(folder)),
-        mutual=pair.script,
-    )
+    pair = agent_folders("mdpo_procgen", pair.run_dir)
+    return SimpleNamespace(folders=[one.run_dir, resumed, *pair], pair=pair)
 
 
-class Page:
-    """What the page asks its server for."""
-
-    def __init__(self, address: str):
-        self.address = address
-
-    def get(self, path: str, **query):
-        with urlopen(f"{self.address}data/plugin/{path}?{urlencode(query)}") as answer:
-            return json.load(answer)
-
-    def descriptions(self) -> dict[str, dict[str, str]]:
-        """{run: {tag: what the tab Scalars says of it}}"""
-        found = {}
-        for run, tags in self.get("scalars/tags").items():
-            found[run] = {}
-            for tag, about in tags.items():
-                found[run][tag] = re.sub("<[^>]*>", "", about["description"])
-        return found
-
-    def steps(self, run: str, tag: str) -> list[int]:
-        points = self.get("scalars/scalars", run=run, tag=tag)
-        return [step for _, step, _ in points]
-
-    def layout(self) -> list[tuple]:
-        """Category, title and tags of each chart in the tab Custom Scalars."""
-        found = []
-        for category in self.get("custom_scalars/layout")["category"]:
-            for chart in category["chart"]:
-                tags = chart["multiline"]["tag"]
-                found.append((category["title"], chart["title"], tags))
-        return found
-
-    def drawn(self, run: str, tags: list[str]) -> set[str]:
-        """The curves of a run in a chart there, whose tags are regular expressions."""
-        found = set()
-        for tag in tags:
-            answer = self.get("custom_scalars/scalars", run=run, tag=tag)
-            found |= answer["tag_to_events"].keys()
-        return found
-
-    def wait_for(self, runs):
-        """Until it has read as many iterations as they have."""
-        expected = {}
-        for run in runs.scripts:
-            points = read_points(runs.folder / run)
-            expected[run] = len(points["charts/SPS"])
-        found = {}
-        deadline = time.time() + 30
-        while found != expected:
-            assert time.time() < deadline, found
-            found = {}
-            for run, tags in self.descriptions().items():
-                if "charts/SPS" in tags:
-                    found[run] = len(self.steps(run, "charts/SPS"))
+def test_tags_and_values(runs):
+    """CleanRL's, and ours beside them: the same for one agent and for each of a pair, but for mutual_kl."""
+    for folder in runs.folders:
+        points = read_points(folder)
+        ranges = TRAINING_TAGS | TEST_TAGS | (OF_PAIRS if folder in runs.pair else {})
+        for tag, (least, most) in ranges.items():
+            assert all(least <= value <= most for _, value in points[tag]), tag
+        for tag in points.keys() - ranges.keys():
+            assert re.fullmatch(r"losses/\w+", tag)
+            assert tag not in OF_PAIRS
 
 
-@pytest.fixture(scope="module", params=["true", "false"], ids=["fast", "slow"])
-def page(runs, request):
-    command = [sys.executable, "-m", "tensorboard.main"]
-    command += ["--logdir", str(runs.folder), "--port", "0", f"--load_fast={request.param}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            address = None
-            while address is None:
-                line = server.stderr.readline()
-                assert line, "the server has ended"
-                address = re.search(r"TensorBoard \S+ at (\S+)", line)
-            page = Page(address[1])
-            page.wait_for(runs)
-            yield page
-        finally:
-            server.terminate()
+def test_one_point_an_iteration(runs):
+    """Except for episodes, which do not end in all, and tests. The resumed run has no point twice."""
+    for folder in runs.folders:
+        for tag, points in read_points(folder).items():
+            steps = [step for step, _ in points]
+            if tag.startswith("charts/episodic_"):
+                assert steps == [step for step in STEPS if step in steps] != []
+            else:
+                assert steps == (STEPS[1::2] if tag in TEST_TAGS else STEPS), tag
 
 
-def test_every_curve_is_described_and_no_other(runs, page):
-    expected = {run: script.DESCRIPTIONS for run, script in runs.scripts.items()}
-    assert page.descriptions() == expected
+def test_agents_have_curves_of_their_own(runs):
+    first, second = (read_points(folder) for folder in runs.pair)
+    for tag in ("losses/value_loss", "losses/mutual_kl", "losses/explained_variance"):
+        assert first[tag] != second[tag]
 
 
-def test_a_resumed_run_has_each_point_once(runs, page):
-    assert page.steps(runs.resumed, "losses/value_loss") == STEPS
-    assert page.steps(runs.resumed, "charts/test_episodic_return") == STEPS[2:3]
-
-
-def test_several_runs_have_each_chart_once(runs, page):
-    charts = []
-    for category, content in runs.mutual.LAYOUT.items():
-        for title, (_, tags) in content.items():
-            charts.append((category, title, tags))
-    assert sorted(page.layout()) == sorted(charts)
-
-
-def test_a_chart_shows_the_curves_that_it_names(runs, page):
-    """Of every run, but for those that only a pair has."""
-    for _, title, tags in page.layout():
-        for run, script in runs.scripts.items():
-            expected = set(tags) & script.DESCRIPTIONS.keys()
-            assert page.drawn(run, tags) == expected, title
-            assert expected or tags == ["losses/mutual_kl"]
-
-
-def test_one_chart_has_training_and_test_of_all_agents(runs, page):
-    both = {"charts/episodic_return", "charts/test_episodic_return"}
-    (tags,) = [tags for _, _, tags in page.layout() if both <= set(tags)]
-    assert len(runs.scripts) == 4
-    for run in runs.scripts:
-        assert page.drawn(run, tags) == both
+def test_one_chart_has_training_and_test_return(runs):
+    """Of every agent, by the same name, so that TensorBoard draws all of them in one; and no other curve."""
+    names = set()
+    for folder in runs.folders:
+        events = read_events(folder)
+        text = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+        (category,) = Layout.FromString(text).category
+        (chart,) = category.chart
+        names.add((category.title, chart.title))
+        drawn = {
+            tag for tag in events.Tags()["scalars"] for each in chart.multiline.tag if re.match(each, tag)
+        }
+        assert drawn == {"charts/episodic_return", "charts/test_episodic_return"}
+    assert len(names) == 1
