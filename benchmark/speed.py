@@ -1,0 +1,251 @@
+"""How fast a training script is, and where the time of an iteration goes.
+
+    python benchmark/speed.py ppo_procgen --games bigfish starpilot --num-steps 64 --num-minibatches 2
+
+Runs the script's own `main` without tests and files, and takes the time of its parts. Flags that are not the
+tool's go to the script. With --cleanrl the script and CleanRL's ppo_procgen.py run in turn, as their users
+run them, with the same flags and on the same levels (easy, all there are):
+
+    pip download cleanrl==1.2.0 --no-deps --only-binary :all: --python-version 3.9
+    python benchmark/speed.py ppo_procgen --cleanrl cleanrl-1.2.0-py3-none-any.whl --num-steps 64
+"""
+
+import contextlib
+import io
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from helpers import ROOT, Count, check_limits, copy_script, fail
+from procgen.env import ENV_NAMES
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SCRIPTS = ["ppo_procgen", "spo_procgen", "mdpo_procgen", "mdspo_procgen"]
+PARTS = ["environments", "inference", "update"]
+CLEANRL = "cleanrl/ppo_procgen.py"  # in its wheel
+
+
+@tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
+@dataclass
+class Args:
+    script: Literal[tuple(SCRIPTS)]
+    games: tuple[Literal[tuple(ENV_NAMES)], ...] = ("bigfish",)  # a table each
+    iterations: Count = 5  # measured as they are, and as many with the time of each part
+    warmup: Count = 2  # iterations before that: compilation, page faults
+    test: bool = True  # measure a test on the full distribution, too
+    cleanrl: Path | None = None  # CleanRL's wheel, to compare with it
+    rounds: Count = 2  # with --cleanrl, in each of which both scripts run
+
+    def __post_init__(self):
+        check_limits(self)
+
+
+class Clock:
+    """Seconds by the name of a part, while it is on. A GPU is waited for before and after each part."""
+
+    def __init__(self):
+        self.on = True
+        self.seconds = defaultdict(float)
+
+    def now(self) -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def measure(self, part: str, function, *inputs):
+        if not self.on:
+            return function(*inputs)
+        start = self.now()
+        result = function(*inputs)
+        self.seconds[part] += self.now() - start
+        return result
+
+
+class TimedEnvs:
+    """Environments with a clock around their calls."""
+
+    def __init__(self, envs, clock: Clock):
+        self.envs = envs
+        self.num = envs.num
+        self.act = partial(clock.measure, "environments", envs.act)
+        self.observe = partial(clock.measure, "environments", envs.observe)
+
+
+class Measurement:
+    """Takes the time of a script's run, whose functions it wraps. Every second iteration after the warm-up is
+    timed as a whole, as it is, the others in parts."""
+
+    def __init__(self, script, warmup: int):
+        self.script = script
+        self.original = dict(vars(script))
+        self.clock = Clock()
+        self.to_warm_up = warmup
+        self.wholes = []  # seconds of whole iterations
+        self.parts = []  # {part: seconds} of the others
+        for name in ("make_envs", "speed_up", "rollout", "update"):
+            setattr(script, name, getattr(self, name))
+        script.save_checkpoint = lambda *state: None
+
+    def make_envs(self, *inputs):
+        return TimedEnvs(self.original["make_envs"](*inputs), self.clock)
+
+    def speed_up(self, *inputs):
+        self.policies, loss_function = self.original["speed_up"](*inputs)
+        timed = [partial(self.clock.measure, "inference", policy) for policy in self.policies]
+        return timed, loss_function
+
+    def rollout(self, *inputs):
+        self.start = self.clock.now()
+        self.clock.seconds.clear()
+        self.original["rollout"](*inputs)
+
+    def update(self, *inputs):
+        result = self.clock.measure("update", self.original["update"], *inputs)
+        seconds = self.clock.now() - self.start
+        if self.to_warm_up > 0:
+            self.to_warm_up -= 1
+        elif self.clock.on:
+            self.parts.append(self.clock.seconds | {"whole": seconds})
+        else:
+            self.wholes.append(seconds)
+        self.clock.on = not self.clock.on
+        return result
+
+
+def parse_flags(script, game: str, words: list[str]):
+    """The script's Args of a command line."""
+    settings = tyro.cli(script.Args, prog=f"{script.SCRIPT}.py", args=["--env-id", game, *words])
+    if settings.env_id != game:
+        fail("--env-id is not for a measurement: --games says which")
+    if settings.resume or settings.track:
+        fail("--resume and --track are not for a measurement, which leaves no run")
+    return settings
+
+
+def measure(args: Args, game: str, words: list[str]):
+    """Prints the numbers of one game."""
+    torch._dynamo.reset()  # else the games after the fourth run into its limit of recompilations
+    script = copy_script(args.script)
+    settings = parse_flags(script, game, words)
+    settings.total_timesteps = (args.warmup + 2 * args.iterations) * settings.batch_size
+    settings.eval_interval = 0
+    measurement = Measurement(script, args.warmup)
+    with tempfile.TemporaryDirectory() as folder:
+        script.make_run_dir = lambda settings: Path(folder)
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            script.main(settings)
+    for line in output.getvalue().splitlines():
+        if folder not in line:
+            print(line)  # precision, what compilation says
+    print_parts(measurement.parts)
+    seconds = measurement.wholes
+    median, slowest, fastest = settings.batch_size / np.array(
+        [np.median(seconds), max(seconds), min(seconds)]
+    )
+    each = " of each agent" if len(measurement.policies) > 1 else ""
+    print(f"steps a second{each}: {median:,.0f} (from {slowest:,.0f} to {fastest:,.0f})")
+    print(f"environments alone: {step_environments(settings):,.0f} steps a second")
+    if args.test:
+        start = time.perf_counter()
+        num = settings.num_eval_envs
+        device = torch.device(settings.device)
+        script.evaluate(measurement.policies[:1], settings, num, (0, 0), 1, device, ())
+        print(f"a test of an agent, {num} episodes: {time.perf_counter() - start:.2f} s")
+    print(f"peak host memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    if torch.cuda.is_initialized():
+        print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    sys.stdout.flush()
+
+
+def print_parts(parts: list[dict[str, float]]):
+    """A table of the medians over iterations."""
+    whole = np.median([each["whole"] for each in parts])
+    print("| part | ms an iteration | share |")
+    print("| --- | --- | --- |")
+    rest = whole
+    for part in PARTS:
+        seconds = np.median([each[part] for each in parts])
+        rest -= seconds
+        print(f"| {part} | {1e3 * seconds:.1f} | {seconds / whole:.1%} |")
+    print(f"| everything else | {1e3 * rest:.1f} | {rest / whole:.1%} |")
+
+
+def step_environments(settings, num_steps: int = 256) -> float:
+    """Steps a second of the environments of a training when nothing else is done."""
+    script = copy_script("ppo_procgen")
+    levels = settings.num_levels, settings.start_level
+    envs = script.make_envs(settings, settings.num_envs, *levels, settings.seed)
+    actions = np.random.default_rng(settings.seed).integers(15, size=(num_steps, envs.num), dtype=np.int32)
+    start = time.perf_counter()
+    for each in actions:
+        envs.observe()
+        envs.act(each)
+    envs.observe()
+    return num_steps * envs.num / (time.perf_counter() - start)
+
+
+def run(path: Path, words: list[str]) -> list[float]:
+    """Steps a second of each iteration but the first of a script in a folder of its own: from one point of
+    its curve charts/SPS to the next."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, path, *words], cwd=folder, stdout=subprocess.DEVNULL)
+        if done.returncode != 0:
+            fail(f"{path} {' '.join(words)} ended with status {done.returncode}")
+        (run_dir,) = Path(folder, "runs").iterdir()
+        points = EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")
+    return [
+        (after.step - before.step) / (after.wall_time - before.wall_time)
+        for before, after in pairwise(points)
+    ]
+
+
+def compare(args: Args, game: str, words: list[str]):
+    """Prints the speeds of CleanRL's script and of ours, which run in turn."""
+    settings = parse_flags(copy_script(args.script), game, words)
+    num_steps = (args.warmup + args.iterations) * settings.batch_size
+    words = ["--env-id", game, *words, "--total-timesteps", str(num_steps)]
+    levels = "--distribution-mode easy --num-levels 0 --eval-interval 0".split()
+    speeds = {"CleanRL": [], args.script: []}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            theirs = Path(zipfile.ZipFile(args.cleanrl).extract(CLEANRL, folder))
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            fail(f"--cleanrl cannot use {args.cleanrl}: {error!r}")
+        for _ in range(args.rounds):
+            speeds["CleanRL"] += run(theirs, words)[args.warmup - 1 :]
+            speeds[args.script] += run(ROOT / f"{args.script}.py", words + levels)[args.warmup - 1 :]
+    print("| script | steps a second, median | from | to |")
+    print("| --- | --- | --- | --- |")
+    for name, each in speeds.items():
+        print(f"| {name} | {np.median(each):,.0f} | {min(each):,.0f} | {max(each):,.0f} |")
+    medians = [np.median(each) for each in speeds.values()]
+    print(f"ratio {medians[1] / medians[0]:.2f}", flush=True)
+
+
+def main(args: Args, words: list[str]):
+    """With the flags of the script in `words`."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"{os.cpu_count()} cores, {gpu}, torch {torch.__version__}")
+    for game in args.games:
+        print(f"\n{args.script}, {game}, {' '.join(words) or 'no flags'}", flush=True)
+        if args.cleanrl:
+            compare(args, game, words)
+        else:
+            measure(args, game, words)
+
+
+if __name__ == "__main__":
+    main(*tyro.cli(Args, description=__doc__, return_unknown_args=True))
