@@ -22,7 +22,6 @@ import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +31,8 @@ import tyro
 from helpers import ROOT, Count, check_limits, copy_script, fail
 from procgen.env import ENV_NAMES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ppo_procgen import make_envs
 
 SCRIPTS = ["ppo_procgen", "spo_procgen", "mdpo_procgen", "mdspo_procgen"]
 PARTS = ["environments", "inference", "update"]
@@ -53,12 +54,29 @@ class Args:
         check_limits(self)
 
 
-class Clock:
-    """Seconds by the name of a part, while it is on. A GPU is waited for before and after each part."""
+class TimedEnvs:
+    """Environments with a clock around their calls."""
 
-    def __init__(self):
-        self.on = True
-        self.seconds = defaultdict(float)
+    def __init__(self, envs, measure):
+        self.num = envs.num
+        self.act = partial(measure, "environments", envs.act)
+        self.observe = partial(measure, "environments", envs.observe)
+
+
+class Measurement:
+    """Takes the time of a script's run, whose functions it wraps. After the warm-up every second iteration is
+    timed in parts, and a GPU is waited for before and after each. The others run as they are."""
+
+    def __init__(self, script, warmup: int):
+        self.original = dict(vars(script))
+        self.to_warm_up = warmup
+        self.in_parts = True
+        self.seconds = defaultdict(float)  # by the name of a part, of the iteration under way
+        self.parts = []  # those of all iterations in parts
+        self.wholes = []  # seconds of the others
+        for function in (self.make_envs, self.speed_up, self.rollout, self.update):
+            setattr(script, function.__name__, function)
+        script.save_checkpoint = lambda *state: None
 
     def now(self) -> float:
         if torch.cuda.is_initialized():
@@ -66,62 +84,37 @@ class Clock:
         return time.perf_counter()
 
     def measure(self, part: str, function, *inputs):
-        if not self.on:
+        if not self.in_parts:
             return function(*inputs)
         start = self.now()
         result = function(*inputs)
         self.seconds[part] += self.now() - start
         return result
 
-
-class TimedEnvs:
-    """Environments with a clock around their calls."""
-
-    def __init__(self, envs, clock: Clock):
-        self.envs = envs
-        self.num = envs.num
-        self.act = partial(clock.measure, "environments", envs.act)
-        self.observe = partial(clock.measure, "environments", envs.observe)
-
-
-class Measurement:
-    """Takes the time of a script's run, whose functions it wraps. Every second iteration after the warm-up is
-    timed as a whole, as it is, the others in parts."""
-
-    def __init__(self, script, warmup: int):
-        self.script = script
-        self.original = dict(vars(script))
-        self.clock = Clock()
-        self.to_warm_up = warmup
-        self.wholes = []  # seconds of whole iterations
-        self.parts = []  # {part: seconds} of the others
-        for name in ("make_envs", "speed_up", "rollout", "update"):
-            setattr(script, name, getattr(self, name))
-        script.save_checkpoint = lambda *state: None
-
     def make_envs(self, *inputs):
-        return TimedEnvs(self.original["make_envs"](*inputs), self.clock)
+        envs = self.original["make_envs"](*inputs)
+        return TimedEnvs(envs, self.measure)
 
     def speed_up(self, *inputs):
         self.policies, loss_function = self.original["speed_up"](*inputs)
-        timed = [partial(self.clock.measure, "inference", policy) for policy in self.policies]
+        timed = [partial(self.measure, "inference", policy) for policy in self.policies]
         return timed, loss_function
 
     def rollout(self, *inputs):
-        self.start = self.clock.now()
-        self.clock.seconds.clear()
+        self.start = self.now()
+        self.seconds.clear()
         self.original["rollout"](*inputs)
 
     def update(self, *inputs):
-        result = self.clock.measure("update", self.original["update"], *inputs)
-        seconds = self.clock.now() - self.start
+        result = self.measure("update", self.original["update"], *inputs)
+        seconds = self.now() - self.start
         if self.to_warm_up > 0:
             self.to_warm_up -= 1
-        elif self.clock.on:
-            self.parts.append(self.clock.seconds | {"whole": seconds})
+        elif self.in_parts:
+            self.parts.append(self.seconds | {"whole": seconds})
         else:
             self.wholes.append(seconds)
-        self.clock.on = not self.clock.on
+        self.in_parts = not self.in_parts
         return result
 
 
@@ -137,7 +130,6 @@ def parse_flags(script, game: str, words: list[str]):
 
 def measure(args: Args, game: str, words: list[str]):
     """Prints the numbers of one game."""
-    torch._dynamo.reset()  # else the games after the fourth run into its limit of recompilations
     script = copy_script(args.script)
     settings = parse_flags(script, game, words)
     settings.total_timesteps = (args.warmup + 2 * args.iterations) * settings.batch_size
@@ -151,12 +143,8 @@ def measure(args: Args, game: str, words: list[str]):
         if folder not in line:
             print(line)  # precision, what compilation says
     print_parts(measurement.parts)
-    seconds = measurement.wholes
-    median, slowest, fastest = settings.batch_size / np.array(
-        [np.median(seconds), max(seconds), min(seconds)]
-    )
     each = " of each agent" if len(measurement.policies) > 1 else ""
-    print(f"steps a second{each}: {median:,.0f} (from {slowest:,.0f} to {fastest:,.0f})")
+    print(f"steps a second{each}: {describe(settings.batch_size / np.array(measurement.wholes))}")
     print(f"environments alone: {step_environments(settings):,.0f} steps a second")
     if args.test:
         start = time.perf_counter()
@@ -165,9 +153,11 @@ def measure(args: Args, game: str, words: list[str]):
         script.evaluate(measurement.policies[:1], settings, num, (0, 0), 1, device, ())
         print(f"a test of an agent, {num} episodes: {time.perf_counter() - start:.2f} s")
     print(f"peak host memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
-    if torch.cuda.is_initialized():
-        print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    sys.stdout.flush()
+    print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", flush=True)
+
+
+def describe(speeds) -> str:
+    return f"{np.median(speeds):,.0f} (from {min(speeds):,.0f} to {max(speeds):,.0f})"
 
 
 def print_parts(parts: list[dict[str, float]]):
@@ -185,9 +175,7 @@ def print_parts(parts: list[dict[str, float]]):
 
 def step_environments(settings, num_steps: int = 256) -> float:
     """Steps a second of the environments of a training when nothing else is done."""
-    script = copy_script("ppo_procgen")
-    levels = settings.num_levels, settings.start_level
-    envs = script.make_envs(settings, settings.num_envs, *levels, settings.seed)
+    envs = make_envs(settings, settings.num_envs, settings.num_levels, settings.start_level, settings.seed)
     actions = np.random.default_rng(settings.seed).integers(15, size=(num_steps, envs.num), dtype=np.int32)
     start = time.perf_counter()
     for each in actions:
@@ -204,12 +192,11 @@ def run(path: Path, words: list[str]) -> list[float]:
         done = subprocess.run([sys.executable, path, *words], cwd=folder, stdout=subprocess.DEVNULL)
         if done.returncode != 0:
             fail(f"{path} {' '.join(words)} ended with status {done.returncode}")
-        (run_dir,) = Path(folder, "runs").iterdir()
-        points = EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")
-    return [
-        (after.step - before.step) / (after.wall_time - before.wall_time)
-        for before, after in pairwise(points)
-    ]
+        events = next(Path(folder).rglob("events.out.tfevents.*"))  # of the first agent
+        points = EventAccumulator(str(events)).Reload().Scalars("charts/SPS")
+    steps = np.diff([point.step for point in points])
+    seconds = np.diff([point.wall_time for point in points])
+    return list(steps / seconds)
 
 
 def compare(args: Args, game: str, words: list[str]):
@@ -227,12 +214,10 @@ def compare(args: Args, game: str, words: list[str]):
         for _ in range(args.rounds):
             speeds["CleanRL"] += run(theirs, words)[args.warmup - 1 :]
             speeds[args.script] += run(ROOT / f"{args.script}.py", words + levels)[args.warmup - 1 :]
-    print("| script | steps a second, median | from | to |")
-    print("| --- | --- | --- | --- |")
     for name, each in speeds.items():
-        print(f"| {name} | {np.median(each):,.0f} | {min(each):,.0f} | {max(each):,.0f} |")
-    medians = [np.median(each) for each in speeds.values()]
-    print(f"ratio {medians[1] / medians[0]:.2f}", flush=True)
+        print(f"{name}, steps a second: {describe(each)}")
+    theirs, ours = map(np.median, speeds.values())
+    print(f"ratio {ours / theirs:.2f}", flush=True)
 
 
 def main(args: Args, words: list[str]):
