@@ -33,6 +33,7 @@ from torch.profiler import profile
 HERE = "benchmark/gpu_check.py --here"
 SPEED = "benchmark/speed.py"
 RUN = "mdpo_procgen.py --total-timesteps 163840 --eval-interval 5 --final-eval-episodes 64"
+CALLS = 100  # of a policy, in the part acting
 # The most seconds of each, and its words for python. Those that need a GPU have the word cuda.
 PARTS = {
     "machine": (60, f"{HERE} machine"),
@@ -173,7 +174,7 @@ def acting(words: list[str]):
         for rows in (32, 64):
             obs = runners[0].data.obs.new_zeros(rows, *runners[0].obs_shape)
             seconds = []
-            for _ in range(100):
+            for _ in range(CALLS):
                 synchronize()
                 start = time.perf_counter()
                 policy(obs)
