@@ -125,14 +125,14 @@ class Args:
                     raise ValueError(f"{flag} must be from {limits[0]} to {limits[1]}, not {value}")
         modes = [mode for mode, games in MODES.items() if self.env_id in games]
         if self.distribution_mode not in modes:
-            raise ValueError(f"--distribution-mode must be {' or '.join(modes)} for {self.env_id}")
-        if not re.fullmatch(r"[\w.+=-]{1,99}", self.exp_name):
+            raise ValueError(f"--distribution-mode must be one of {modes} for --env-id {self.env_id}")
+        if not re.fullmatch(r"[A-Za-z0-9_.+=-]{1,99}", self.exp_name):
             raise ValueError(f"--exp-name must be 1 to 99 letters, digits or _.+=-, not {self.exp_name}")
         if self.start_level + (self.num_levels or 2**31 - 1) >= 2**31:
             raise ValueError("--start-level must be 0 with --num-levels 0, and their sum below 2147483648")
         if self.freeze_encoder and not self.pretrained_encoder:
             raise ValueError("--freeze-encoder needs --pretrained-encoder")
-        if self.track and importlib.util.find_spec("wandb") is None:
+        if self.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
             raise ValueError("--track needs wandb: `pip install wandb`")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.device_count() > 0 else "cpu"
@@ -212,8 +212,7 @@ def make_envs(args, num, num_levels, start_level, rand_seed):
 
 
 class Batch(NamedTuple):
-    """What an agent has seen, as columns of one shape: (num_steps + 1, num_envs) of a rollout, whose last row
-    only bootstraps; (batch_size,) of an iteration; (B,) of a minibatch."""
+    """Columns of one shape: (num_steps + 1, num_envs) of a rollout, whose last row bootstraps, or (B,)."""
 
     obs: torch.Tensor  # uint8 (..., *obs_shape)
     actions: torch.Tensor  # int64
@@ -260,7 +259,8 @@ def mutual_kl(peer_logits, logits):
     """Mean KL(peer || self), the distillation term of equation 18. Both (B, num_actions); a scalar."""
     peer_logprobs = peer_logits.log_softmax(-1)
     logprobs = logits.log_softmax(-1)
-    return (peer_logprobs.exp() * (peer_logprobs - logprobs)).sum(-1).mean()
+    kl = (peer_logprobs.exp() * (peer_logprobs - logprobs)).sum(-1)
+    return kl.mean()
 
 
 def rl_loss(logits, new_values, mb, args):
@@ -292,6 +292,7 @@ def compute_loss(agents, mbs, args):
     two agents L_i has the mean KL over its peers (Zhang et al. 2018, on more than two networks)."""
     all_obs = torch.cat([mb.obs for mb in mbs])
     outputs = [agent(all_obs) for agent in agents]  # every agent on every minibatch, in one pass each
+    num_peers = len(agents) - 1
     loss = 0.0
     all_metrics = []
     for i, mb in enumerate(mbs):
@@ -304,8 +305,9 @@ def compute_loss(agents, mbs, args):
             peer_logits = peer_logits[rows]
             if args.detach_peer:
                 peer_logits = peer_logits.detach()
-            kl = kl + mutual_kl(peer_logits, logits) / (len(agents) - 1)
-        loss = loss + (agent_loss + args.distill_coef * kl) / len(agents)
+            kl = kl + mutual_kl(peer_logits, logits) / num_peers
+        agent_loss = agent_loss + args.distill_coef * kl
+        loss = loss + agent_loss / len(agents)
         all_metrics.append(metrics | {"mutual_kl": kl})
     return loss, all_metrics
 
@@ -433,7 +435,7 @@ class Runner:
             rewards.append(scaled_reward.clip(-10, 10))
             ended.extend(self.episodes[:2, done].T)
             self.episodes[:, done] = 0
-        rewards = torch.tensor(np.array(rewards), dtype=torch.float32)
+        rewards = torch.tensor(np.array(rewards)).float()
         values = self.data.values.cpu()
         dones = torch.from_numpy(self.dones)
         advantages, returns = compute_gae(
@@ -489,7 +491,7 @@ def set_up(args, device):
     agents = [Agent(15, args.channels, runner.obs_shape).to(device) for runner in runners]
     if args.bf16 is None:
         args.bf16 = bf16_is_faster(agents[0], runners[0].batch.obs[:32])
-    print(f"{device.type}, the encoder in {'bfloat16' if args.bf16 else 'float32'}", flush=True)
+    print(f"{device.type}, the encoder in {'bfloat16' if args.bf16 else 'float32'}")
     torch.backends.cudnn.allow_tf32 = args.bf16  # off, float32 is float32
     weights = []
     for agent in agents:
@@ -532,7 +534,7 @@ def final_test(policies, args, device, stop, global_step, run_dir):
     results = [{} for _ in policies]
     kinds = {"training_levels": (args.num_levels, args.start_level), "full_distribution": (0, 0)}
     for kind, levels in kinds.items():
-        print(f"final test on {kind}, {args.final_eval_episodes} episodes", flush=True)
+        print(f"final test on {kind}, {args.final_eval_episodes} episodes")
         tests = evaluate(policies, args, args.final_eval_episodes, levels, global_step, device, stop)
         for i, returns in enumerate(tests):
             error = returns.std(ddof=1) / len(returns) ** 0.5
@@ -542,7 +544,7 @@ def final_test(policies, args, device, stop, global_step, run_dir):
                 "episodes": len(returns),
                 "returns": returns.tolist(),
             }
-            print(f"agent {i + 1}: {returns.mean():.2f} +- {1.96 * error:.2f}", flush=True)
+            print(f"agent {i + 1}: {returns.mean():.2f} +- {1.96 * error:.2f}")
     write_file(run_dir / "final_test.json", {"global_step": global_step, "agents": results})
 
 
@@ -553,11 +555,12 @@ def fail(message):
 
 
 def make_run_dir(args):
+    Path("runs").mkdir(exist_ok=True)
     unix_time = int(time.time())
     while True:  # of runs that start in the same second each gets a folder of its own
         run_dir = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{unix_time}")
         try:
-            run_dir.mkdir(parents=True)
+            run_dir.mkdir()
             return run_dir
         except FileExistsError:
             unix_time += 1
@@ -614,15 +617,16 @@ def load_checkpoint(checkpoint, agents, optimizer, runners):
 def parse_args() -> Args:
     """Reads the command line. With --resume the settings of that run are the defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", nargs="?", default="")
+    for name in ("resume", "env_id", "exp_name", "seed"):
+        flag = name.replace("_", "-")
+        parser.add_argument(f"--{flag}", f"--{name}", nargs="?", default=getattr(Args, name))
     given, _ = parser.parse_known_args()
-    path = given.resume
+    path = given.resume or ""
     options = {"description": __doc__}
     if path == "auto":
-        args = tyro.cli(Args, **options)
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__" + "[0-9]" * 10
+        name = glob.escape(f"{given.env_id}__{given.exp_name}__{given.seed}__") + "[0-9]" * 10
         path = max(glob.glob(f"runs/{name}/checkpoint.pt"), default="")
-    elif path and os.path.isdir(path):
+    elif os.path.isdir(path):
         path = os.path.join(path, "checkpoint.pt")
     if path:
         checkpoint = read_torch(path, "--resume", "runners")
@@ -630,7 +634,7 @@ def parse_args() -> Args:
             fail(f"--resume: {path} is of {checkpoint['script']}.py; this is {SCRIPT}.py")
         options["default"] = Args(**checkpoint["args"] | {"resume": path})
     args = tyro.cli(Args, **options)
-    args.resume = path or ""
+    args.resume = path
     if path:
         fixed = "env_id exp_name seed num_agents num_envs num_steps num_levels start_level distribution_mode"
         for name in f"{fixed} channels pretrained_encoder freeze_encoder".split():
@@ -643,9 +647,8 @@ def parse_args() -> Args:
 
 
 def handle_signal(stop, signal_number, frame):
-    """The first one ends the run when it can be saved, a second one kills it."""
     stop.append(signal_number)
-    signal.signal(signal_number, signal.SIG_DFL)
+    signal.signal(signal_number, signal.SIG_DFL)  # a second one kills the process
     os.write(2, b"\nstopping after this iteration; once more stops at once\n")
 
 
@@ -676,7 +679,7 @@ def main(args: Args, stop=()):
         first_step = checkpoint["global_step"]
     args.resume = ""
     print(f"run folder: {run_dir}; Ctrl-C stops after an iteration, --resume {run_dir} goes on", flush=True)
-    with (run_dir / ".lock").open("w") as lock:
+    with open(run_dir / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -718,7 +721,7 @@ def main(args: Args, stop=()):
             test_due = iteration and args.eval_interval and iteration % args.eval_interval == 0
             save_due = iteration % args.checkpoint_interval == 0 or time.time() > save_time + 300
             save_due |= test_due or stopping or iteration == last_iteration
-            if save_due and (global_step > first_step or iteration == 0):
+            if save_due and (global_step > first_step or not iteration):
                 save_checkpoint(run_dir, args, agents, optimizer, runners, global_step)
                 save_time = time.time()
             if stopping:

@@ -12,8 +12,9 @@ Shapes: F renderings, the first num_train of which are F_train, S states, A acti
 as mu_f(a|s) = pi(a|f(s)), of shape (F, S, A).
 """
 
-import json
+import pickle
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from typing import NamedTuple
 
@@ -62,24 +63,25 @@ def evaluate_bounds(
     theorem_3_7.
     """
     mdp = MDP(transition, reward, start, gamma)
-    check_mdp(mdp)
-    check_renderings(mdp, probability, num_train, policy, new_policy)
+    check_problem(mdp, probability, num_train, policy, new_policy)
     split = split_renderings(probability, num_train)
     values = state_values(mdp, policy)
     new_values = state_values(mdp, new_policy)
     visitation = visitations(mdp, policy)
-    advantage = advantages(mdp, values)
-    gain = expected_advantages(advantage, new_policy)
-    change = total_variation(new_policy, policy)
-    changes = expected_under(visitation, change)
+    advantage = action_values(mdp, values) - values[..., None]
+    gain = (new_policy * advantage).sum(-1)  # g_f(s), (F, S)
+    change = total_variation(new_policy, policy)  # (F, S)
+    mean_gains = (visitation * gain).sum(-1)  # over d_f, (F,)
+    mean_changes = (visitation * change).sum(-1)  # D_f, (F,)
 
     eta = performance(mdp, values, split.train)
-    surrogate = surrogate_performance(mdp, eta, visitation, gain, split.train)
-    d_train = split.train @ changes
-    d_test = split.test @ changes
-    first = robustness(visitation, policy)
-    second = robustness(visitation, new_policy)
-    d_test_bound = theorem_3_7(mdp, d_train, first, second, change[:num_train])
+    surrogate = eta + split.train @ mean_gains / (1 - gamma)
+    d_train = split.train @ mean_changes
+    d_test = split.test @ mean_changes
+    robustness = pair_distances(visitation, policy).max()
+    new_robustness = pair_distances(visitation, new_policy).max()
+    d_test_bound = theorem_3_7(mdp, d_train, robustness, new_robustness, change[:num_train])
+    theorem_3_3_at = partial(theorem_3_3, mdp, split, surrogate, gain, advantage, d_train)
     results = {
         "eta": eta,
         "zeta": performance(mdp, values, probability),
@@ -88,60 +90,82 @@ def evaluate_bounds(
         "surrogate": surrogate,
         "d_train": d_train,
         "d_test": d_test,
-        "robustness": first,
-        "new_robustness": second,
+        "robustness": robustness,
+        "new_robustness": new_robustness,
         "theorem_3_2": theorem_3_2(mdp, surrogate, gain[:num_train], d_train),
-        "theorem_3_3": theorem_3_3(mdp, split, surrogate, gain, advantage, d_train, d_test),
+        "theorem_3_3": theorem_3_3_at(d_test),
         "theorem_3_7": d_test_bound,
-        "corollary_3_8": theorem_3_3(mdp, split, surrogate, gain, advantage, d_train, d_test_bound),
+        "corollary_3_8": theorem_3_3_at(d_test_bound),
     }
     return {name: float(value) for name, value in results.items()}
 
 
-def check_mdp(mdp: MDP):
-    """ValueError if it is none."""
-    shape = np.shape(mdp.reward)
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"reward must have the shape (S, A), not {shape}")
-    num_states, num_actions = shape
-    check_shape("transition", mdp.transition, (num_states, num_actions, num_states))
-    check_shape("start", mdp.start, (num_states,))
-    if not 0 <= mdp.gamma < 1:
-        raise ValueError(f"gamma must be at least 0 and below 1, not {mdp.gamma}")
+def bound_gap(
+    transition: np.ndarray,
+    reward: np.ndarray,
+    start: np.ndarray,
+    gamma: float,
+    probability: np.ndarray,
+    num_train: int,
+    policy: np.ndarray,
+) -> float:
+    """An upper bound on |eta - zeta| that is 0 where training and test renderings get the same policy, which
+    is not in the paper. The arguments are those of evaluate_bounds:
+
+        |eta - zeta| <= 2 (1 - M) A_max D / (1 - gamma),
+        D = E_{f ~ p_train} E_{k ~ p_test} E_{s ~ d_f} TV(mu_f, mu_k)(s).
+
+    Since zeta = M eta + (1 - M) E_{k ~ p_test} V_k(rho), the gap is (1 - M) times the mean of
+    V_f(rho) - V_k(rho) over f ~ p_train and k ~ p_test. mu_f and mu_k are policies of one MDP, so by the
+    performance difference lemma (Kakade and Langford 2002)
+
+        V_f(rho) - V_k(rho) = E_{s ~ d_f} E_{a ~ mu_f} A_k(s, a) / (1 - gamma),
+
+    and as mu_k has no advantage over itself, |E_{a ~ mu_f} A_k(s, a)| <= 2 TV(mu_f, mu_k)(s) A_max.
+    """
+    mdp = MDP(transition, reward, start, gamma)
+    check_problem(mdp, probability, num_train, policy, policy)
+    split = split_renderings(probability, num_train)
+    values = state_values(mdp, policy)
+    advantage = action_values(mdp, values) - values[..., None]
+    a_max = np.abs(advantage).max()
+    distances = pair_distances(visitations(mdp, policy), policy)
+    mean_distance = split.train @ distances @ split.test
+    return float(2 * split.test_mass * a_max / (1 - gamma) * mean_distance)
+
+
+def check_problem(mdp: MDP, probability, num_train: int, policy, new_policy):
+    """ValueError if shapes do not fit, probabilities are none, or the training never meets a rendering."""
+    if np.ndim(mdp.reward) != 2:
+        raise ValueError(f"reward must have the shape (S, A), not {np.shape(mdp.reward)}")
+    if np.ndim(probability) != 1:
+        raise ValueError(f"probability must have the shape (F,), not {np.shape(probability)}")
+    number = len(probability)
+    num_states, num_actions = mdp.reward.shape
+    check_distribution("transition", mdp.transition, (num_states, num_actions, num_states))
+    check_distribution("start", mdp.start, (num_states,))
+    check_distribution("probability", probability, (number,))
+    check_distribution("policy", policy, (number, *mdp.reward.shape))
+    check_distribution("new_policy", new_policy, (number, *mdp.reward.shape))
     if not np.isfinite(mdp.reward).all():
         raise ValueError("reward must be finite")
-    check_distribution("transition", mdp.transition)
-    check_distribution("start", mdp.start)
-
-
-def check_renderings(mdp: MDP, probability, num_train: int, policy, new_policy):
-    """ValueError if they do not fit the MDP or one another, or the training never meets one."""
-    if np.ndim(probability) != 1 or len(probability) == 0:
-        raise ValueError(f"probability must have the shape (F,), not {np.shape(probability)}")
-    check_distribution("probability", probability)
-    number = len(probability)
-    check_shape("policy", policy, (number, *mdp.reward.shape))
-    check_shape("new_policy", new_policy, (number, *mdp.reward.shape))
-    check_distribution("policy", policy)
-    check_distribution("new_policy", new_policy)
+    if not 0 <= mdp.gamma < 1:
+        raise ValueError(f"gamma must be at least 0 and below 1, not {mdp.gamma}")
     if not 1 <= num_train <= number:
         raise ValueError(f"num_train must be from 1 to {number}, not {num_train}")
-    if np.sum(probability[:num_train]) <= 0:
+    if probability[:num_train].sum() <= 0:
         raise ValueError(f"probability must not be 0 for all of the first {num_train} renderings, num_train")
 
 
-def check_shape(name: str, array, shape: tuple):
+def check_distribution(name: str, array, shape: tuple):
+    """ValueError unless it has the shape, and is a distribution along the last axis."""
     if np.shape(array) != shape:
         raise ValueError(f"{name} must have the shape {shape}, not {np.shape(array)}")
-
-
-def check_distribution(name: str, array):
-    """ValueError unless it is one along the last axis."""
     smallest = np.min(array)
     if not smallest >= 0:  # nor is NaN
         raise ValueError(f"{name} must hold probabilities, not {smallest}")
     sums = np.sum(array, axis=-1)
-    furthest = np.max(np.abs(sums - 1))
+    furthest = np.abs(sums - 1).max()
     if not furthest <= TOLERANCE:
         raise ValueError(f"{name} must sum to 1 along its last axis, and is off by {furthest:.2g}")
 
@@ -159,24 +183,23 @@ def split_renderings(probability, num_train: int) -> Split:
     return Split(train_mass, test_mass, train / train_mass, test)
 
 
-def state_transitions(mdp: MDP, policy):
-    """P_f(s'|s) = sum_a mu_f(a|s) P(s'|s, a), (F, S, S), of mu_f, (F, S, A)."""
+def bellman_matrices(mdp: MDP, policy):
+    """I - gamma P_f, (F, S, S), with P_f(s'|s) = sum_a mu_f(a|s) P(s'|s, a), of mu_f, (F, S, A)."""
     by_state = policy.swapaxes(0, 1) @ mdp.transition
-    return by_state.swapaxes(0, 1)
+    transitions = by_state.swapaxes(0, 1)
+    return np.eye(len(mdp.start)) - mdp.gamma * transitions
 
 
 def solve(matrices, vectors):
-    """The x of matrix x = vector, (F, S), from (F, S, S) and from (F, S) or, of all the same, (S,)."""
-    vectors = np.broadcast_to(vectors, matrices.shape[:-1])
+    """The x of matrix x = vector, (F, S), from (F, S, S) and (F, S)."""
     solutions = np.linalg.solve(matrices, vectors[..., None])
     return solutions[..., 0]
 
 
 def state_values(mdp: MDP, policy):
     """V_f(s), (F, S), of mu_f, (F, S, A): the solution of V_f = r_f + gamma P_f V_f (equation 1)."""
+    matrices = bellman_matrices(mdp, policy)
     rewards = (policy * mdp.reward).sum(-1)
-    identity = np.eye(len(mdp.start))
-    matrices = identity - mdp.gamma * state_transitions(mdp, policy)
     return solve(matrices, rewards)
 
 
@@ -189,41 +212,19 @@ def action_values(mdp: MDP, values):
     return mdp.reward + mdp.gamma * following
 
 
-def advantages(mdp: MDP, values):
-    """A_f(s, a) = Q_f(s, a) - V_f(s), (F, S, A), of V_f, (F, S)."""
-    return action_values(mdp, values) - values[..., None]
-
-
 def visitations(mdp: MDP, policy):
     """d_f(s) = (1 - gamma) sum_t gamma^t P(s_t = s), (F, S), of mu_f, (F, S, A): the solution of
     d_f = (1 - gamma) rho + gamma d_f P_f."""
-    identity = np.eye(len(mdp.start))
-    matrices = identity - mdp.gamma * state_transitions(mdp, policy)
+    matrices = bellman_matrices(mdp, policy).swapaxes(1, 2)
     at_first = (1 - mdp.gamma) * mdp.start
-    return solve(matrices.swapaxes(1, 2), at_first)
+    all_at_first = np.broadcast_to(at_first, matrices.shape[:2])
+    return solve(matrices, all_at_first)
 
 
 def performance(mdp: MDP, values, weights):
     """sum_f w(f) sum_s rho(s) V_f(s), a scalar: eta with the weights p_train, zeta with p (equation 4). V_f
     is (F, S), w (F,)."""
     return weights @ values @ mdp.start
-
-
-def expected_advantages(advantage, new_policy):
-    """g_f(s) = sum_a mu'_f(a|s) A_f(s, a), (F, S), of A_f and mu'_f, both (F, S, A)."""
-    return (new_policy * advantage).sum(-1)
-
-
-def expected_under(visitation, quantity):
-    """E_{s ~ d_f} x_f(s), (F,), of d_f and x_f, both (F, S)."""
-    return (visitation * quantity).sum(-1)
-
-
-def surrogate_performance(mdp: MDP, eta, visitation, gain, train_weights):
-    """L = eta + E_{f ~ p_train} E_{s ~ d_f} g_f(s) / (1 - gamma), a scalar: the first-order approximation of
-    the new policy's eta (Schulman et al. 2015). d_f and g_f are (F, S), p_train (F,)."""
-    gains = expected_under(visitation, gain)
-    return eta + train_weights @ gains / (1 - mdp.gamma)
 
 
 def total_variation(policy, other):
@@ -233,18 +234,13 @@ def total_variation(policy, other):
 
 def pair_distances(visitation, policy):
     """E_{s ~ d_f} TV(mu_f, mu_k)(s) of all pairs of renderings f and k, (F, F), of d_f, (F, S), and mu_f,
-    (F, S, A)."""
+    (F, S, A). The largest is R (definition 3.6). For R' the policy is the new one, and d_f those of the
+    old."""
     rows = []
     for weights, of_rendering in zip(visitation, policy):  # all pairs at once would take too much memory
         distances = total_variation(policy, of_rendering)
         rows.append(distances @ weights)
     return np.stack(rows)
-
-
-def robustness(visitation, policy):
-    """R = max_{f, k} E_{s ~ d_f} TV(mu_f, mu_k)(s), a scalar (definition 3.6), of d_f, (F, S), and mu_f,
-    (F, S, A). For R' the policy is the new one, and d_f are still those of the old."""
-    return pair_distances(visitation, policy).max()
 
 
 def theorem_3_2(mdp: MDP, surrogate, train_gain, d_train):
@@ -299,34 +295,14 @@ def optimal_values(mdp: MDP):
 # What follows is an MDP to train on, and its renderings.
 
 CELL = 4  # pixels on a side
-
-AGENT_SHAPE = """
-.##.
-####
-####
-.##.
-"""
-
-COIN_SHAPE = """
-#..#
-.##.
-.##.
-#..#
-"""
-
+AGENT_SHAPE = ".##. #### #### .##."  # row by row, where it covers the floor
+COIN_SHAPE = "#..# .##. .##. #..#"
 NUM_ACTIONS = 15  # Procgen's: 3 x 3 moves, and six that do nothing
-
-
-def parse_shape(text: str):
-    """bool (CELL, CELL): where the object covers the floor."""
-    characters = [list(row) for row in text.split()]
-    return np.array(characters) == "#"
 
 
 def grid_states(grid_size: int):
     """The cells of agent and coin in each state, int (S, 2), S = n (n - 1) for n cells: never the same."""
-    cells = range(grid_size**2)
-    pairs = permutations(cells, 2)
+    pairs = permutations(range(grid_size**2), 2)
     return np.array(list(pairs))
 
 
@@ -414,23 +390,21 @@ def draw_rendering(rng, grid_size: int):
     agent = draw_surface(rng, CELL, agent_color)
     coin = draw_surface(rng, CELL, coin_color)
     pictures = np.stack([floor] * len(agents))
-    paste(pictures, agents, agent, parse_shape(AGENT_SHAPE))
-    paste(pictures, coins, coin, parse_shape(COIN_SHAPE))
+    for picture, agent_cell, coin_cell in zip(pictures, agents, coins):
+        paste(picture, agent_cell, agent, AGENT_SHAPE)
+        paste(picture, coin_cell, coin, COIN_SHAPE)
     return pictures
 
 
-def paste(pictures, cells, surface, shape):
-    """Draws an object into each picture, (S, height, width, 3), at its cell of `cells`, (S,)."""
-    grid_size = pictures.shape[1] // CELL
-    for cell in range(grid_size**2):
-        row, column = divmod(cell, grid_size)
-        top = row * CELL
-        left = column * CELL
-        there = np.flatnonzero(cells == cell)
-        place = np.s_[there, top : top + CELL, left : left + CELL]
-        squares = pictures[place]
-        squares[:, shape] = surface[shape]
-        pictures[place] = squares
+def paste(picture, cell: int, surface, shape: str):
+    """Draws an object into a cell of a picture, (height, width, 3)."""
+    rows = [list(row) for row in shape.split()]
+    covers = np.array(rows) == "#"
+    row, column = divmod(cell, len(picture) // CELL)
+    top = row * CELL
+    left = column * CELL
+    square = picture[top : top + CELL, left : left + CELL]  # a view
+    square[covers] = surface[covers]
 
 
 @dataclass
@@ -454,11 +428,9 @@ class World:
     def make_envs(self, args, num: int, num_levels: int, start_level: int, rand_seed: int):
         """In place of a training script's make_envs, with renderings for levels: num_levels of them from
         start_level, 0 for all. ValueError if there are not so many."""
-        end = self.num_renderings
-        if num_levels > 0:
-            end = start_level + num_levels
-        if end > self.num_renderings:
-            most = self.num_renderings
+        most = self.num_renderings
+        end = start_level + num_levels if num_levels > 0 else most
+        if end > most:
             raise ValueError(f"--start-level and --num-levels must have a sum of at most {most}, not {end}")
         return Envs(self.mdp, self.pictures[start_level:end], num, rand_seed)
 
@@ -515,30 +487,12 @@ class Envs:
         return self.reward, {"rgb": obs}, self.first
 
     def get_state(self) -> list[bytes]:
-        """Each environment's, and with it the random numbers to come, which all share."""
-        generator = self.rng.bit_generator.state
-        states = []
-        for i in range(self.num):
-            content = {
-                "generator": generator,
-                "state": int(self.state[i]),
-                "rendering": int(self.rendering[i]),
-                "reward": float(self.reward[i]),
-                "first": bool(self.first[i]),
-            }
-            states.append(json.dumps(content).encode())
-        return states
+        """Of all environments, once for each: they share their random numbers."""
+        state = (self.rng, self.state, self.rendering, self.reward, self.first)
+        return self.num * [pickle.dumps(state)]
 
     def set_state(self, states: list[bytes]):
-        contents = [json.loads(state) for state in states]
-        columns = {}
-        for name in ("state", "rendering", "reward", "first"):
-            columns[name] = np.array([content[name] for content in contents])
-        self.rng.bit_generator.state = contents[0]["generator"]
-        self.state = columns["state"]
-        self.rendering = columns["rendering"]
-        self.reward = columns["reward"].astype(np.float32)
-        self.first = columns["first"]
+        self.rng, self.state, self.rendering, self.reward, self.first = pickle.loads(states[0])
 
     def close(self):
         pass

@@ -12,11 +12,7 @@ rollout in 4 minibatches, the mean reward as the baseline, and what the map vari
 the same number of iterations: what lies between 0 and 1 there is on its way, or differs between seeds.
 """
 
-import os
-import sys
-import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -24,8 +20,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
-from helpers import Range, check_ranges, fail, replacing, run_tool
-from processes import process_pool
+import tyro
+from helpers import CountOrZero, check_limits, fail, replacing
+from joblib import Parallel, delayed
+from tables import markdown
 from tqdm import tqdm
 
 from mdpo_procgen import Agent, mutual_kl, policy_loss
@@ -50,6 +48,7 @@ PICTURES_OF_B = 4
 NUM_ENVS = 512  # of each policy, for a single step in each rollout
 MINIBATCH_SIZE = 128
 UPDATE_EPOCHS = 3
+CHANNELS = (4, 8, 8)  # of the encoder
 
 
 @dataclass(frozen=True)
@@ -75,31 +74,25 @@ ROWS = {  # of the map
 }
 
 
-CoinSizes = Annotated[tuple[int, ...], Range(1, 24)]
-Channels = Annotated[tuple[int, int, int], Range(1, 4096)]
-
-
 @dataclass
 class Args:
-    seeds: Annotated[int, Range(1, 1000)] = 3
+    seeds: Annotated[int, (1, 1000)] = 3
     """trainings for each point of the map"""
-    coin_sizes: CoinSizes = (1, 3, 9)
+    coin_sizes: Annotated[tuple[int, ...], (1, 24)] = (1, 3, 9)
     """the columns of the map: width and height of the coin in pixels"""
-    iterations: Annotated[int, Range(1, 10_000)] = 20
+    iterations: Annotated[int, (1, 10_000)] = 20
     """rollouts of a training, each with 12 gradient steps"""
-    channels: Channels = (4, 8, 8)
-    """width of the encoder's three stages"""
-    processes: Annotated[int, Range(0, 1000)] = 0
+    processes: CountOrZero = 0
     """trainings at a time, 0 for one a core"""
     figure: Path = Path("figures/toy_example")
     """where the figure goes, as .pdf and .png"""
 
     def __post_init__(self):
-        check_ranges(self)
-        if self.figure.name in ("", ".."):
-            raise ValueError(f"--figure must end in a file's name, not be {self.figure}")
-        if self.figure.suffix in (".pdf", ".png"):
-            self.figure = self.figure.with_suffix("")
+        check_limits(self)
+        if not self.coin_sizes:
+            raise ValueError("--coin-sizes must be one number or more")
+        if not self.figure.name:
+            raise ValueError(f"--figure must be a file's name, not {self.figure}")
 
 
 def make_pictures(coin_size: int) -> torch.Tensor:
@@ -200,21 +193,16 @@ def update(agents: list[Agent], optimizer, obs, batches: list[Batch], settings: 
             optimizer.step()
 
 
-def train(
-    seed: int,
-    coin_size: int,
-    settings: Settings,
-    iterations: int = Args.iterations,
-    channels: tuple[int, int, int] = Args.channels,
-) -> np.ndarray:
+def train(seed: int, coin_size: int, settings: Settings, iterations: int) -> np.ndarray:
     """Trains A and B by algorithm 1. Returns the mean probability of going to the coin, float32 (2, 2): rows
     A, B; columns where the colour tells its side, where it misleads.
 
     Training ends early when all probabilities are above 0.99: no term of the loss undoes that.
     """
+    torch.set_num_threads(1)  # these networks are too small for more
     torch.manual_seed(seed)
     obs = make_pictures(coin_size)
-    agents = [Agent(num_actions=2, channels=channels) for _ in range(2)]
+    agents = [Agent(num_actions=2, channels=CHANNELS) for _ in range(2)]
     parameters = nn.ModuleList(agents).parameters()
     optimizer = torch.optim.Adam(parameters, lr=5e-4, eps=1e-5, fused=True)
     for iteration in range(settings.head_start + iterations):
@@ -237,37 +225,23 @@ def make_map(args: Args) -> np.ndarray:
     for settings in ROWS.values():
         for coin_size in args.coin_sizes:
             for seed in range(args.seeds):
-                job = partial(train, seed, coin_size, settings, args.iterations, args.channels)
+                job = delayed(train)(seed, coin_size, settings, args.iterations)
                 jobs.append(job)
-    results = run_jobs(jobs, args.processes or len(os.sched_getaffinity(0)))
+    pool = Parallel(args.processes or -1, return_as="generator")
+    results = list(tqdm(pool(jobs), total=len(jobs), unit="training", disable=None))
     shape = (len(ROWS), len(args.coin_sizes), args.seeds)
     return np.reshape(results, (*shape, 2, 2))
 
 
-def run_jobs(jobs: list, processes: int) -> list:
-    """What the jobs return, in their order. After Ctrl-C none goes on."""
-    with process_pool(processes) as pool:
-        futures = [pool.submit(job) for job in jobs]
-        progress = tqdm(futures, unit="training", disable=not sys.stderr.isatty())
-        return [future.result() for future in progress]
-
-
 def print_table(args: Args, results: np.ndarray):
     means = results.mean(2)  # over seeds
-    width = max(len(name) for name in ROWS)
-    print("probability of the right action where the colour misleads, A / B,")
-    print(f"mean of {args.seeds} seeds after {args.iterations} iterations")
-    cells = [f"{size} px" for size in args.coin_sizes]
-    print_row("width of the coin", cells, width)
+    rows = [["width of the coin in pixels", *map(str, args.coin_sizes)]]
     for name, row in zip(ROWS, means[..., 1]):
-        cells = [f"{a:.2f} / {b:.2f}" for a, b in row]
-        print_row(name, cells, width)
-    print(f"where the colour tells the side: at least {means[..., 0].min():.2f} at every point")
-
-
-def print_row(name: str, cells: list[str], width: int):
-    columns = "".join(cell.rjust(14) for cell in cells)
-    print(name.ljust(width) + columns)
+        rows.append([name, *(f"{a:.2f} / {b:.2f}" for a, b in row)])
+    print("Probability of the right action where the colour misleads, A / B,")
+    print(f"mean of {args.seeds} seeds after {args.iterations} iterations:\n")
+    print(markdown(rows))
+    print(f"Where the colour tells the side: at least {means[..., 0].min():.2f} at every point.")
 
 
 def draw(args: Args, results: np.ndarray):
@@ -275,21 +249,17 @@ def draw(args: Args, results: np.ndarray):
     plt.rcParams.update({"font.size": 9, "pdf.fonttype": 42})
     figure = plt.figure(figsize=(8, 5.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.4))
-    draw_data(top, max(args.coin_sizes))
+    of_a, of_b = top.subfigures(1, 2, width_ratios=(PICTURES_OF_A, PICTURES_OF_B))
+    pictures = make_pictures(max(args.coin_sizes)).numpy()
+    draw_pictures(of_a, pictures[:PICTURES_OF_A], "data of A: red is right, cyan is left")
+    draw_pictures(of_b, pictures[:PICTURES_OF_B], "data of B: in two of the four the colour misleads")
     draw_map(bottom, args.coin_sizes, results[..., 1].mean(2))
     for suffix in (".pdf", ".png"):
-        path = args.figure.with_name(args.figure.name + suffix)
-        with replacing("--figure", path) as unfinished:
+        path = args.figure.with_suffix(suffix)
+        with replacing(path) as unfinished:
             figure.savefig(unfinished, dpi=150)
         print(f"wrote {path}")
     plt.close(figure)
-
-
-def draw_data(figure, coin_size: int):
-    obs = make_pictures(coin_size).numpy()
-    part_a, part_b = figure.subfigures(1, 2, width_ratios=(PICTURES_OF_A, PICTURES_OF_B))
-    draw_pictures(part_a, obs[:PICTURES_OF_A], "data of A: red is right, cyan is left")
-    draw_pictures(part_b, obs[:PICTURES_OF_B], "data of B: in two of the four the colour misleads")
 
 
 def draw_pictures(figure, pictures: np.ndarray, title: str):
@@ -316,21 +286,15 @@ def draw_map(figure, coin_sizes: tuple[int, ...], probabilities: np.ndarray):
     figure.colorbar(image, ax=panels, label=label, ticks=(0, 0.5, 1))
 
 
-def check_folder_of(figure: Path):
-    """That nothing can be written there is to be known before the trainings, which take long."""
-    try:
-        figure.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=figure.parent).close()
-    except OSError as error:
-        fail(f"--figure {figure}: {error.strerror}")
-
-
 def main(args: Args):
-    check_folder_of(args.figure)
+    try:
+        args.figure.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--figure {args.figure}: {error.strerror}")
     results = make_map(args)
     print_table(args, results)
     draw(args, results)
 
 
 if __name__ == "__main__":
-    run_tool(main, Args, __doc__)
+    main(tyro.cli(Args, description=__doc__))
