@@ -110,7 +110,7 @@ class Args:
             pretrained = read_torch(self.pretrained_encoder, "--pretrained-encoder", "agent")
             for name, weight in pretrained["agent"].items():
                 if name.startswith("encoder."):
-                    self.encoder[name] = weight
+                    self.encoder[name.removeprefix("encoder.")] = weight
             channels = pretrained["args"]["channels"]
             if self.channels not in (None, channels):
                 raise ValueError(f"--channels must be {channels}, as in {self.pretrained_encoder}")
@@ -125,21 +125,21 @@ class Args:
                     raise ValueError(f"{flag} must be from {limits[0]} to {limits[1]}, not {value}")
         modes = [mode for mode, games in MODES.items() if self.env_id in games]
         if self.distribution_mode not in modes:
-            raise ValueError(f"--distribution-mode must be {' or '.join(modes)} for {self.env_id}")
-        if not re.fullmatch(r"[\w.+=-]{1,99}", self.exp_name):
+            raise ValueError(f"--distribution-mode must be one of {modes} for --env-id {self.env_id}")
+        if not re.fullmatch(r"[A-Za-z0-9_.+=-]{1,99}", self.exp_name):
             raise ValueError(f"--exp-name must be 1 to 99 letters, digits or _.+=-, not {self.exp_name}")
         if self.start_level + (self.num_levels or 2**31 - 1) >= 2**31:
             raise ValueError("--start-level must be 0 with --num-levels 0, and their sum below 2147483648")
         if self.freeze_encoder and not self.pretrained_encoder:
             raise ValueError("--freeze-encoder needs --pretrained-encoder")
-        if self.track and importlib.util.find_spec("wandb") is None:
+        if self.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
             raise ValueError("--track needs wandb: `pip install wandb`")
         if self.device == "auto":
-            self.device = "cuda" if torch.cuda.device_count() > 0 else "cpu"
+            self.device = "cuda" if torch.cuda.device_count() else "cpu"
         self.batch_size = self.num_envs * self.num_steps
         self.minibatch_size = self.batch_size // self.num_minibatches
         batch = f"the batch, --num-envs x --num-steps = {self.batch_size}"
-        if self.batch_size % self.num_minibatches > 0 or self.minibatch_size < 2:
+        if self.batch_size % self.num_minibatches or self.minibatch_size < 2:
             raise ValueError(f"--num-minibatches must divide {batch}, into 2 rows or more")
         if self.total_timesteps < self.batch_size:
             raise ValueError(f"--total-timesteps must be at least {batch}")
@@ -212,8 +212,7 @@ def make_envs(args, num, num_levels, start_level, rand_seed):
 
 
 class Batch(NamedTuple):
-    """What an agent has seen, as columns of one shape: (num_steps + 1, num_envs) of a rollout, whose last row
-    only bootstraps; (batch_size,) of an iteration; (B,) of a minibatch."""
+    """Columns of one shape: (num_steps + 1, num_envs) of a rollout, whose last row bootstraps, or (B,)."""
 
     obs: torch.Tensor  # uint8 (..., *obs_shape)
     actions: torch.Tensor  # int64
@@ -260,13 +259,14 @@ def mutual_kl(peer_logits, logits):
     """Mean KL(peer || self), the distillation term of equation 18. Both (B, num_actions); a scalar."""
     peer_logprobs = peer_logits.log_softmax(-1)
     logprobs = logits.log_softmax(-1)
-    return (peer_logprobs.exp() * (peer_logprobs - logprobs)).sum(-1).mean()
+    kl = (peer_logprobs.exp() * (peer_logprobs - logprobs)).sum(-1)
+    return kl.mean()
 
 
 def rl_loss(logits, new_values, mb, args):
-    """policy_loss + vf_coef value_loss - ent_coef entropy, from what the network now says of the minibatch:
-    logits (B, num_actions) and new_values (B,). The minibatch's advantages must already be normalised.
-    Returns the loss and a dict of metrics, all scalars: each is a curve losses/NAME."""
+    """policy_loss + vf_coef value_loss - ent_coef entropy, of the network's logits (B, num_actions) and
+    new_values (B,). The minibatch's advantages must already be normalised. Returns the loss and a dict of
+    metrics, all scalars: each is a curve losses/NAME."""
     logprobs = logits.log_softmax(-1)
     new_logprobs = logprobs.gather(-1, mb.actions[:, None]).squeeze(-1)
     log_ratio = new_logprobs - mb.logprobs
@@ -292,6 +292,7 @@ def compute_loss(agents, mbs, args):
     two agents L_i has the mean KL over its peers (Zhang et al. 2018, on more than two networks)."""
     all_obs = torch.cat([mb.obs for mb in mbs])
     outputs = [agent(all_obs) for agent in agents]  # every agent on every minibatch, in one pass each
+    num_peers = len(agents) - 1
     loss = 0.0
     all_metrics = []
     for i, mb in enumerate(mbs):
@@ -304,8 +305,9 @@ def compute_loss(agents, mbs, args):
             peer_logits = peer_logits[rows]
             if args.detach_peer:
                 peer_logits = peer_logits.detach()
-            kl = kl + mutual_kl(peer_logits, logits) / (len(agents) - 1)
-        loss = loss + (agent_loss + args.distill_coef * kl) / len(agents)
+            kl = kl + mutual_kl(peer_logits, logits) / num_peers
+        agent_loss = agent_loss + args.distill_coef * kl
+        loss = loss + agent_loss / len(agents)
         all_metrics.append(metrics | {"mutual_kl": kl})
     return loss, all_metrics
 
@@ -322,9 +324,8 @@ def act(agent, obs):
 
 
 def rollout(policies, runners, args):
-    """Plays num_steps steps, policies[i] in the environments of runners[i], and fills all columns of their
-    data but advantages and returns. policies[i](obs) returns what `act` returns. One group of environments
-    steps in the background while the network acts for the next."""
+    """Plays num_steps steps, policies[i] in the environments of runners[i], and fills their data, but for
+    advantages and returns. policies[i](obs) is as `act`. While a group steps the network acts for another."""
     for step in range(args.num_steps + 1):
         for policy, runner in zip(policies, runners):
             for envs, columns in runner.groups:
@@ -365,16 +366,16 @@ def update(loss_function, agents, optimizer, batches, args):
                 for mean, values in zip(means, metrics):
                     for name, value in values.items():
                         mean[name] += value.detach() * share / num_updates
-            for agent in agents:
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            for mean, agent in zip(means, agents):
+                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                mean["grad_norm"] += norm / num_updates
             optimizer.step()
     return means
 
 
 def evaluate(policies, args, num, levels, seed, device, stop):
-    """Raw returns of each agent in one whole episode in each of num new environments, so that short ones do
-    not win: (num_agents, num). `levels` is their number, 0 for all, and the first of them; `seed` chooses.
-    Exits at a signal in `stop`. No random number of the training is used up."""
+    """Raw returns of each agent in one whole episode of each of num new environments: short ones do not win.
+    (num_agents, num). `levels` is their number, 0 for all, and the first. Exits at a signal in `stop`."""
     returns = np.zeros((len(policies), num))
     cuda_devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda_devices):
@@ -427,13 +428,13 @@ class Runner:
         ended = []
         for reward, done in zip(self.rewards[1:], self.dones[1:]):
             self.episodes[2] *= args.gamma
-            self.episodes += [reward, np.ones(args.num_envs), reward]
+            self.episodes += [reward, np.ones_like(reward), reward]
             self.statistics.update(self.episodes[2])
             scaled_reward = reward / np.sqrt(self.statistics.var + 1e-8)
             rewards.append(scaled_reward.clip(-10, 10))
             ended.extend(self.episodes[:2, done].T)
             self.episodes[:, done] = 0
-        rewards = torch.tensor(np.array(rewards), dtype=torch.float32)
+        rewards = torch.tensor(np.array(rewards)).float()
         values = self.data.values.cpu()
         dones = torch.from_numpy(self.dones)
         advantages, returns = compute_gae(
@@ -470,7 +471,7 @@ class Runner:
 
 def bf16_is_faster(agent, obs):
     """On a CPU measured, not asked: of two that have bfloat16 one may be slower with it."""
-    if obs.device.type == "cuda":
+    if obs.is_cuda:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {False: [], True: []}
     for bf16 in [False, True] * 4:  # in turn, since the machine may do other work
@@ -489,12 +490,13 @@ def set_up(args, device):
     agents = [Agent(15, args.channels, runner.obs_shape).to(device) for runner in runners]
     if args.bf16 is None:
         args.bf16 = bf16_is_faster(agents[0], runners[0].batch.obs[:32])
-    print(f"{device.type}, the encoder in {'bfloat16' if args.bf16 else 'float32'}", flush=True)
+    print(f"{device.type}, the encoder in {'bfloat16' if args.bf16 else 'float32'}")
     torch.backends.cudnn.allow_tf32 = args.bf16  # off, float32 is float32
     weights = []
     for agent in agents:
         try:
-            agent.load_state_dict(agent.state_dict() | args.encoder)
+            if args.pretrained_encoder and not args.resume:
+                agent.encoder.load_state_dict(args.encoder)
         except RuntimeError as error:
             fail(f"--pretrained-encoder: {args.pretrained_encoder} does not fit: {error!r:.300}")
         agent.bf16 = args.bf16
@@ -516,8 +518,8 @@ def speed_up(args, agents, runners, device):
         mbs = [runner.batch.rows(slice(args.minibatch_size)) for runner in runners]
         loss, _ = fast_loss(agents, mbs, args)
         loss.backward()
-        envs, _ = runners[0].groups[0]
-        for size in {envs.num, args.num_eval_envs, args.final_eval_episodes}:
+        sizes = {envs.num for envs, _ in runners[0].groups}
+        for size in sizes | {args.num_eval_envs, args.final_eval_episodes}:
             obs = runners[0].data.obs.new_zeros(size, *runners[0].obs_shape)
             for agent in agents * 3:  # compiles, records, replays
                 fast_act(agent, obs)
@@ -532,7 +534,7 @@ def final_test(policies, args, device, stop, global_step, run_dir):
     results = [{} for _ in policies]
     kinds = {"training_levels": (args.num_levels, args.start_level), "full_distribution": (0, 0)}
     for kind, levels in kinds.items():
-        print(f"final test on {kind}, {args.final_eval_episodes} episodes", flush=True)
+        print(f"final test on {kind}, {args.final_eval_episodes} episodes")
         tests = evaluate(policies, args, args.final_eval_episodes, levels, global_step, device, stop)
         for i, returns in enumerate(tests):
             error = returns.std(ddof=1) / len(returns) ** 0.5
@@ -542,7 +544,7 @@ def final_test(policies, args, device, stop, global_step, run_dir):
                 "episodes": len(returns),
                 "returns": returns.tolist(),
             }
-            print(f"agent {i + 1}: {returns.mean():.2f} +- {1.96 * error:.2f}", flush=True)
+            print(f"agent {i + 1}: {returns.mean():.2f} +- {1.96 * error:.2f}")
     write_file(run_dir / "final_test.json", {"global_step": global_step, "agents": results})
 
 
@@ -553,11 +555,12 @@ def fail(message):
 
 
 def make_run_dir(args):
+    os.makedirs("runs", exist_ok=True)
     unix_time = int(time.time())
     while True:  # of runs that start in the same second each gets a folder of its own
         run_dir = Path("runs", f"{args.env_id}__{args.exp_name}__{args.seed}__{unix_time}")
         try:
-            run_dir.mkdir(parents=True)
+            run_dir.mkdir()
             return run_dir
         except FileExistsError:
             unix_time += 1
@@ -614,23 +617,24 @@ def load_checkpoint(checkpoint, agents, optimizer, runners):
 def parse_args() -> Args:
     """Reads the command line. With --resume the settings of that run are the defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", nargs="?", default="")
+    for name in ("resume", "env_id", "exp_name", "seed"):
+        flag = name.replace("_", "-")
+        parser.add_argument(f"--{flag}", f"--{name}", nargs="?", default=getattr(Args, name))
     given, _ = parser.parse_known_args()
-    path = given.resume
+    path = given.resume or ""
     options = {"description": __doc__}
     if path == "auto":
-        args = tyro.cli(Args, **options)
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__" + "[0-9]" * 10
+        name = glob.escape(f"{given.env_id}__{given.exp_name}__{given.seed}__") + "[0-9]" * 10
         path = max(glob.glob(f"runs/{name}/checkpoint.pt"), default="")
-    elif path and os.path.isdir(path):
+    elif os.path.isdir(path):
         path = os.path.join(path, "checkpoint.pt")
     if path:
-        checkpoint = read_torch(path, "--resume", "runners")
+        checkpoint = read_torch(path, "--resume", "torch_rng")
         if checkpoint["script"] != SCRIPT:
             fail(f"--resume: {path} is of {checkpoint['script']}.py; this is {SCRIPT}.py")
         options["default"] = Args(**checkpoint["args"] | {"resume": path})
     args = tyro.cli(Args, **options)
-    args.resume = path or ""
+    args.resume = path
     if path:
         fixed = "env_id exp_name seed num_agents num_envs num_steps num_levels start_level distribution_mode"
         for name in f"{fixed} channels pretrained_encoder freeze_encoder".split():
@@ -643,9 +647,8 @@ def parse_args() -> Args:
 
 
 def handle_signal(stop, signal_number, frame):
-    """The first one ends the run when it can be saved, a second one kills it."""
     stop.append(signal_number)
-    signal.signal(signal_number, signal.SIG_DFL)
+    signal.signal(signal_number, signal.SIG_DFL)  # a second one kills the process
     os.write(2, b"\nstopping after this iteration; once more stops at once\n")
 
 
@@ -671,12 +674,12 @@ def main(args: Args, stop=()):
     run_dir = Path(args.resume).parent if args.resume else make_run_dir(args)
     first_step = 0
     if args.resume:
-        checkpoint = read_torch(args.resume, "--resume", "runners")
+        checkpoint = read_torch(args.resume, "--resume", "torch_rng")
         load_checkpoint(checkpoint, agents, optimizer, runners)
         first_step = checkpoint["global_step"]
     args.resume = ""
     print(f"run folder: {run_dir}; Ctrl-C stops after an iteration, --resume {run_dir} goes on", flush=True)
-    with (run_dir / ".lock").open("w") as lock:
+    with open(run_dir / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -718,7 +721,7 @@ def main(args: Args, stop=()):
             test_due = iteration and args.eval_interval and iteration % args.eval_interval == 0
             save_due = iteration % args.checkpoint_interval == 0 or time.time() > save_time + 300
             save_due |= test_due or stopping or iteration == last_iteration
-            if save_due and (global_step > first_step or iteration == 0):
+            if save_due and (global_step > first_step or not iteration):
                 save_checkpoint(run_dir, args, agents, optimizer, runners, global_step)
                 save_time = time.time()
             if stopping:

@@ -1,112 +1,122 @@
-"""Does a policy that has seen few backgrounds play on all of them? The theory's question, on Procgen itself.
+"""Does a policy that has seen few backgrounds play on others? The theory's question, on Procgen itself.
 
-Trains by one of the scripts on every level that there is, but with only the first few backgrounds of the
-game's list, and tests on every level with all backgrounds: training and test differ in the rendering alone
-(definition 3.6), and the gap is what the new backgrounds cost. What follows `--` goes to the script. To go on
-give the same command with --resume after `--`: the script alone would train on all backgrounds.
+Trains by one of the scripts on every level that there is, with only a few backgrounds of the game's list, and
+tests on every level with the others: training and test differ in the rendering alone (definition 3.6). A run
+sees background (seed + k) mod number for k < --backgrounds. What follows `--` goes to the script.
 
     python benchmark/backgrounds.py mdpo_procgen --backgrounds 1 -- --env-id fruitbot --distribution-mode easy
+
+The final test plays the same levels with the same noise of actions on own and other backgrounds: they are
+training_levels and full_distribution in final_test.json, own and other in backgrounds.json. To go on, or to
+test again, add --resume auto after `--`: the script alone would train on all backgrounds.
 """
 
+import json
+import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Literal
 
+import numpy as np
 import tyro
-from helpers import Count, check_ranges, copy_script, end_with, parse_args, split_words
+from helpers import Count, check_limits, copy_script, fail
 
 from robustness_eval import BACKGROUNDS, Game, find_fields, read_int, replace_int
 
-SCRIPTS = ["ppo_procgen", "spo_procgen", "mdpo_procgen", "mdspo_procgen"]
 ALL_LEVELS = 2**31 - 1  # for training; the scripts take 0, which means the same, for tests
 
 
+@tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
 @dataclass
 class Args:
-    script: Annotated[str, tyro.conf.Positional] = "mdpo_procgen"  # name of the training script
-    backgrounds: Count = 1  # to train on, the first of the game's list
+    script: Literal["ppo_procgen", "spo_procgen", "mdpo_procgen", "mdspo_procgen"]
+    backgrounds: Count = 1  # to train on
 
     def __post_init__(self):
-        check_ranges(self)
-        if self.script not in SCRIPTS:
-            raise ValueError(f"SCRIPT must be one of {', '.join(SCRIPTS)}, not {self.script}")
+        check_limits(self)
 
 
 class FewBackgrounds:
-    """Procgen's environments, in which every level is drawn on one of the first backgrounds of the list. Else
-    nothing is otherwise: levels, rewards and ends are the same."""
+    """Procgen's environments, in which every level is drawn on one of the chosen backgrounds. Nothing else
+    changes: levels, rewards and ends are the same."""
 
-    def __init__(self, envs, game: Game, number: int):
+    def __init__(self, envs, game: Game, chosen: list[int]):
         self.envs = envs
-        self.num = envs.num
         self.game = game
-        self.number = number
+        self.chosen = chosen
         self.redraw()
-
-    def act(self, actions):
-        self.envs.act(actions)
 
     def observe(self):
         reward, obs, first = self.envs.observe()
-        if first.any():  # a new level chooses among all backgrounds
-            self.redraw()
-            reward, obs, first = self.envs.observe()
-        return reward, obs, first
+        if not first.any():
+            return reward, obs, first
+        self.redraw()  # a new level has chosen among all backgrounds
+        return self.envs.observe()
 
     def redraw(self):
         saves = []
         for save in self.envs.get_state():
             at = find_fields(save, self.game)["background"]
-            background = read_int(save, at) % self.number
+            background = read_int(save, at)
+            if background not in self.chosen:
+                background = self.chosen[background % len(self.chosen)]
             saves.append(replace_int(save, at, background))
         self.envs.set_state(saves)
 
-    def get_state(self) -> list[bytes]:
-        return self.envs.get_state()
-
-    def set_state(self, states: list[bytes]):
-        self.envs.set_state(states)
-
-    def close(self):
-        self.envs.close()
+    def __getattr__(self, name):
+        return getattr(self.envs, name)
 
 
-def make_envs(make_procgen, number: int, args, num: int, num_levels: int, start_level: int, rand_seed: int):
-    """In place of a script's make_envs, which is make_procgen: tests see all backgrounds."""
-    envs = make_procgen(args, num, num_levels, start_level, rand_seed)
-    if num_levels == 0:
-        return envs
-    game = Game(args.env_id, args.distribution_mode)
-    return FewBackgrounds(envs, game, number)
+class FewBackgroundsScript:
+    """A training script with few backgrounds in training and the others in tests. Wraps its functions."""
+
+    def __init__(self, name: str, number: int):
+        self.number = number
+        self.script = copy_script(name)
+        self.original = dict(vars(self.script))
+        for function in (self.make_envs, self.evaluate, self.final_test):
+            setattr(self.script, function.__name__, function)
+
+    def make_envs(self, args, num, num_levels, *rest):
+        envs = self.original["make_envs"](args, num, num_levels, *rest)
+        total = BACKGROUNDS[args.env_id]
+        backgrounds = [(args.seed + k) % total for k in range(total)]
+        chosen = backgrounds[: self.number]
+        if num_levels == 0:
+            chosen = backgrounds[self.number :]
+        return FewBackgrounds(envs, Game(args.env_id, args.distribution_mode), chosen)
+
+    def evaluate(self, policies, *inputs):
+        """Each agent alone, so that each test of it begins with the same random numbers."""
+        return np.concatenate([self.original["evaluate"]([policy], *inputs) for policy in policies])
+
+    def final_test(self, policies, args, device, stop, global_step, run_dir):
+        self.original["final_test"](policies, args, device, stop, global_step, run_dir)
+        content = json.loads((run_dir / "final_test.json").read_text())
+        for test in content["agents"]:
+            test["own"] = test.pop("training_levels")
+            test["other"] = test.pop("full_distribution")
+        self.script.write_file(run_dir / "backgrounds.json", content)
 
 
-def parse_script_args(script, parse_original, number: int):
-    """In place of a script's parse_args, which is parse_original: a Failure of the script's if the game has
-    no more backgrounds, or the levels are not told from those of the tests."""
-    args = parse_original()
-    most = BACKGROUNDS[args.env_id] - 1
-    if most == 0:
-        raise script.Failure(f"--env-id: {args.env_id} has only one background")
-    if number > most:
-        raise script.Failure(f"--backgrounds must be at most {most} for {args.env_id}, not {number}")
-    if args.num_levels == 0:
-        raise script.Failure("--num-levels must not be 0 here: leave it out for all levels")
-    return args
-
-
-def main(args: Args, script_flags: list[str]):
-    for word in script_flags:
-        if word.split("=")[0].replace("_", "-") == "--exp-name":
-            end_with("--exp-name is not for the flags of the script, since --backgrounds sets it")
-    script = copy_script(args.script)
-    script.make_envs = partial(make_envs, script.make_envs, args.backgrounds)
-    script.parse_args = partial(parse_script_args, script, script.parse_args, args.backgrounds)
+def main(args: Args, words: list[str]):
+    few = FewBackgroundsScript(args.script, args.backgrounds)
     name = f"{args.script}+{args.backgrounds}_backgrounds"
-    sys.argv = [f"{args.script}.py", "--exp-name", name, "--num-levels", str(ALL_LEVELS), *script_flags]
-    script.run_from_shell()
+    sys.argv[1:] = ["--exp-name", name, "--num-levels", str(ALL_LEVELS), *words]
+    script_args = few.script.parse_args()
+    if script_args.exp_name != name or script_args.num_levels != ALL_LEVELS:
+        fail("--exp-name and --num-levels are not for the flags after --, since this tool sets them")
+    total = BACKGROUNDS[script_args.env_id]
+    if args.backgrounds >= total:
+        fail(f"--backgrounds must be below {total}, which is all that {script_args.env_id} has")
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, partial(few.script.handle_signal, signals))
+    few.script.main(script_args, signals)
 
 
 if __name__ == "__main__":
-    own_words, script_words = split_words(sys.argv[1:])
-    main(parse_args(Args, __doc__, own_words), script_words)
+    words = [*sys.argv[1:], "--"]
+    at = words.index("--")
+    main(tyro.cli(Args, description=__doc__, args=words[:at]), words[at + 1 : -1])

@@ -9,8 +9,7 @@ Curves are linearly interpolated onto common steps. The line is the mean over se
 standard deviation (n - 1), up to the end of the shortest run; beyond it, dashed, the mean of those there are.
 
 Scores are (R - min) / (max - min) with the bounds of Cobbe et al. (2020), not clipped. R is the final test on
-the full distribution; where a run of a game and algorithm has none yet, the last test that all of them have
-reached. Intervals are 95 % stratified bootstrap, by rliable (Agarwal et al. 2021).
+the full distribution. Intervals are 95 % stratified bootstrap, by rliable (Agarwal et al. 2021).
 
     python benchmark/figures.py runs --algorithms ppo_procgen mdpo_procgen --csv curves.csv.gz
     python benchmark/figures.py runs --algorithms ppo_procgen --distribution-mode easy \
@@ -33,7 +32,7 @@ import tyro
 from helpers import Count, check_limits, fail, replacing
 from rliable import library, metrics
 from runs import FINAL_TEST, GAP, TEST, TRAIN
-from tables import markdown
+from tables import find_agents, markdown
 
 AXES = {TRAIN: "training return", TEST: "test return", GAP: "generalization gap"}
 SPLITS = {  # of published returns: the tags that they are compared with, the better first
@@ -201,34 +200,11 @@ def compare(data: pd.DataFrame, labels: dict[str, str], reference: pd.DataFrame)
     return markdown(rows)
 
 
-def find_tests(data: pd.DataFrame) -> tuple[pd.DataFrame, set]:
-    """The test return of each seed (columns game, algorithm, seed, value), and the (game, algorithm) whose
-    tests are earlier ones, since not all of its runs have a final test."""
-    parts = []
-    unfinished = set()
-    for key, rows in data.groupby(["game", "algorithm"]):
-        end = rows.groupby("run").step.transform("max")  # a test before that is of an earlier end
-        tests = rows[(rows.tag == FINAL_TEST) & (rows.step == end)]
-        if tests.run.nunique() < rows.run.nunique():
-            unfinished.add(key)
-            tests = last_common_tests(rows)
-        parts.append(tests)
-    seeds = pd.concat(parts).groupby(["game", "algorithm", "seed"])
-    return seeds.value.mean().reset_index(), unfinished
-
-
-def last_common_tests(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each run's last test on the way that is not beyond what all runs have reached."""
-    tests = rows[rows.tag == TEST].sort_values("step")
-    reached = tests.groupby("run").step.max().min()
-    return tests[tests.step <= reached].groupby("run").tail(1)
-
-
-def normalised_scores(tests: pd.DataFrame, names: dict[str, str], mode: str) -> dict[str, np.ndarray]:
-    """{name: scores (number of seeds, number of games)} of the games that all algorithms have, and of the
+def normalised_scores(tests: pd.DataFrame, labels: dict[str, str], mode: str) -> dict[str, np.ndarray]:
+    """{label: scores (number of seeds, number of games)} of the games that all algorithms have, and of the
     seeds that have all of these. Prints what that leaves out. Empty if nothing is left of an algorithm."""
-    table = tests.pivot(index=["algorithm", "seed"], columns="game", values="value")
-    num_seeds = table.groupby("algorithm").count().reindex(list(names), fill_value=0)
+    table = tests.pivot(index=["algorithm", "seed"], columns="game", values="test")
+    num_seeds = table.groupby("algorithm").count().reindex(list(labels), fill_value=0)
     common = (num_seeds > 0).all()
     if not common.all():
         left_out = ", ".join(common.index[~common])
@@ -236,20 +212,20 @@ def normalised_scores(tests: pd.DataFrame, names: dict[str, str], mode: str) -> 
     table = table.loc[:, common]
     whole = table.dropna()
     for algorithm, seed in table.index.difference(whole.index):
-        print(f"not in the aggregate, since it has no test in a game: {names[algorithm]}, seed {seed}")
+        print(f"not in the aggregate, since it has no test in a game: {labels[algorithm]}, seed {seed}")
     bounds = pd.read_csv(io.StringIO(BOUNDS), sep=" ", index_col="game").loc[table.columns]
     low = bounds[f"{mode}_min"]
     high = bounds[f"{mode}_max"]
     scores = (whole - low) / (high - low)
-    by_name = {}
-    for algorithm, name in names.items():
+    by_label = {}
+    for algorithm, label in labels.items():
         values = scores[scores.index.get_level_values("algorithm") == algorithm].to_numpy()
         if values.size == 0:
             return {}
         if len(values) == 1:
-            print(f"one seed of {name}: no spread, so its intervals mean nothing")
-        by_name[name] = values
-    return by_name
+            print(f"one seed of {label}: no spread, so its intervals mean nothing")
+        by_label[label] = values
+    return by_label
 
 
 class Estimate(NamedTuple):
@@ -312,24 +288,15 @@ def draw_aggregate(estimates: list[Estimate]):
     return figure
 
 
-def make_table(tests: pd.DataFrame, unfinished: set, labels: dict[str, str]) -> str:
+def make_table(tests: pd.DataFrame, labels: dict[str, str]) -> str:
     """Markdown: the test return by game and algorithm."""
     rows = [["test return", *labels.values()]]
-    for game in sorted(set(tests.game)):
-        of_game = tests[tests.game == game]
-        row = [game]
-        for algorithm in labels:
-            cell = make_cell(of_game.value[of_game.algorithm == algorithm])
-            if (game, algorithm) in unfinished:
-                cell += " †"
-            row.append(cell)
-        rows.append(row)
+    for game, of_game in tests.groupby("game"):
+        cells = [make_cell(of_game.test[of_game.algorithm == algorithm]) for algorithm in labels]
+        rows.append([game, *cells])
     text = markdown(rows)
     text += "\nMean ± standard deviation over seeds (number of seeds) of the final test on the full\n"
     text += "distribution. Agents that learned together are one seed, its return their mean.\n"
-    if unfinished:
-        text += "†: not all have a final test; this is the last test that all of them have reached, and\n"
-        text += "to compare it with a final test, or with another step, says nothing.\n"
     return text
 
 
@@ -387,18 +354,16 @@ def main(args: Args):
         if rows.empty:
             print(f"missing: {tag}, in all runs")
             continue
-        splits = [split for split, tags in SPLITS.items() if tag in tags]
+        splits = [split for split, of_split in SPLITS.items() if tag in of_split]
         published = reference[reference.split.isin(splits)]
         title = AXES.get(tag, tag)
         figure = draw_curves(rows, labels, args.smooth, published)
         figure.supylabel(title, fontsize="medium")
         save(figure, re.sub(r"\W", "_", title), args.output)
-    tests, unfinished = find_tests(data)
-    table = make_table(tests, unfinished, labels)
-    names = dict(labels)
-    for _, algorithm in unfinished:
-        names[algorithm] = f"{labels[algorithm]} †"
-    scores = normalised_scores(tests, names, args.distribution_mode)
+    seeds = find_agents(data).groupby(["game", "algorithm", "seed"])
+    tests = seeds.test.mean().reset_index()
+    table = make_table(tests, labels)
+    scores = normalised_scores(tests, labels, args.distribution_mode)
     if scores:
         estimates = estimate(scores, args.bootstrap)
         save(draw_aggregate(estimates), "aggregate", args.output)

@@ -23,7 +23,8 @@ def check_limits(args):
     tuple each number is checked."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
-        for least, most in getattr(hint, "__metadata__", ()):
+        limits = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, tuple)]
+        for least, most in limits:  # tyro has markers of its own there
             for number in value if isinstance(value, tuple) else [value]:
                 if not least <= number <= most:
                     flag = "--" + name.replace("_", "-")

@@ -116,8 +116,6 @@ def find_agents(data: pd.DataFrame) -> pd.DataFrame:
     agents = agents.rename(columns=columns).reset_index()
     for run in sorted(set(data.run) - set(agents.run)):
         print(f"left out: {run}, which has no final test")
-    if agents.empty:
-        fail("no run has a final test at its end")
     return agents.assign(gap=agents.train - agents.test)
 
 
@@ -241,6 +239,8 @@ def main(args: Args):
     tags = [runs.TRAIN, runs.TEST]  # they say where a run ends
     data = runs.read_runs(args, tags, needed={})
     agents = find_agents(data)
+    if agents.empty:
+        fail("no run has a final test at its end")
     labels = runs.name_algorithms(data if args.algorithms else agents, args)
     runs.print_missing(data)
     parts = []

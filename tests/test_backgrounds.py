@@ -1,12 +1,14 @@
-"""benchmark/backgrounds.py: a game on few of its backgrounds, and else the same."""
+"""benchmark/backgrounds.py: a game on some of its backgrounds, and else the same."""
 
 import json
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from common import ROOT, TINY, error_message, flags, run_folder
+import torch
+from common import ROOT, TINY, error_message, flags, get_handlers, load_agent, run_folder, same, set_handlers
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import backgrounds
@@ -14,108 +16,162 @@ import backgrounds
 import ppo_procgen
 from robustness_eval import Game, find_fields, read_int
 
-GAME = Game("fruitbot", "easy")
+GAME = Game("fruitbot", "easy")  # of 9 backgrounds
+CPU = torch.device("cpu")
 
 
-def make_procgen(num_levels: int, number: int):
-    args = ppo_procgen.Args(env_id=GAME.env_id, distribution_mode=GAME.distribution_mode)
-    return backgrounds.make_envs(ppo_procgen.make_envs, number, args, 8, num_levels, 0, 5)
+def make_few(number: int, seed: int):
+    """The script with so many backgrounds, and its Args."""
+    few = backgrounds.FewBackgroundsScript("ppo_procgen", number)
+    return few, few.script.Args(env_id=GAME.env_id, distribution_mode=GAME.distribution_mode, seed=seed)
 
 
-def backgrounds_of(envs) -> set[int]:
-    return {read_int(save, find_fields(save, GAME)["background"]) for save in envs.get_state()}
+def make_envs(number: int, seed: int, num_levels: int = backgrounds.ALL_LEVELS, num: int = 8):
+    few, args = make_few(number, seed)
+    return few.script.make_envs(args, num, num_levels, 0, 5)
+
+
+def backgrounds_of(envs) -> list[int]:
+    return [read_int(save, find_fields(save, GAME)["background"]) for save in envs.get_state()]
 
 
 def play(envs, num_steps: int):
-    """Rewards, ends and pictures of random play, and the backgrounds that were met."""
+    """Rewards, ends, pictures and backgrounds of random play."""
     rng = np.random.default_rng(0)
-    rewards = []
-    ends = []
-    pictures = []
-    met = set()
+    columns = [], [], [], []
     for _ in range(num_steps):
         reward, obs, first = envs.observe()
-        rewards.append(reward.copy())
-        ends.append(first.copy())
-        pictures.append(obs["rgb"].copy())
-        met |= backgrounds_of(envs)
+        row = reward, first, obs["rgb"], backgrounds_of(envs)
+        for column, values in zip(columns, row):
+            column.append(np.array(values))
         envs.act(rng.integers(15, size=envs.num).astype(np.int32))
-    return np.array(rewards), np.array(ends), np.array(pictures), met
+    return [np.array(column) for column in columns]
 
 
-def test_only_the_first_backgrounds_are_drawn_and_all_else_is_the_same():
-    """In the levels that follow, too."""
-    rewards, ends, pictures, met = play(make_procgen(backgrounds.ALL_LEVELS, 2), 150)
-    assert met == {0, 1}
-    original = ppo_procgen.Args(env_id=GAME.env_id, distribution_mode=GAME.distribution_mode)
-    envs = ppo_procgen.make_envs(original, 8, backgrounds.ALL_LEVELS, 0, 5)
-    original_rewards, original_ends, original_pictures, all_met = play(envs, 150)
-    assert len(all_met) > 4
-    assert original_ends.sum() > 8
-    assert np.array_equal(rewards, original_rewards)
-    assert np.array_equal(ends, original_ends)
-    assert not np.array_equal(pictures, original_pictures)
+@pytest.mark.parametrize(("seed", "own"), [(0, {0, 1, 2}), (4, {4, 5, 6}), (16, {7, 8, 0})])
+def test_a_run_sees_its_own_backgrounds_and_its_tests_the_others(seed, own):
+    *_, met = play(make_envs(3, seed), 150)
+    assert set(met.flat) == own
+    *_, met = play(make_envs(3, seed, num_levels=0, num=40), 60)
+    assert set(met.flat) == set(range(9)) - own
+
+
+def test_all_else_is_the_same():
+    """In the levels that follow, too. A level keeps its background."""
+    args = ppo_procgen.Args(env_id=GAME.env_id, distribution_mode=GAME.distribution_mode)
+    original = play(ppo_procgen.make_envs(args, 8, 0, 0, 5), 150)
+    assert original[1].sum() > 12
+    for num_levels in (backgrounds.ALL_LEVELS, 0):
+        rewards, ends, pictures, met = play(make_envs(4, 3, num_levels), 150)
+        assert np.array_equal(rewards, original[0])
+        assert np.array_equal(ends, original[1])
+        assert not np.array_equal(pictures, original[2])
+        assert np.array_equal(met[1:][~ends[1:]], met[:-1][~ends[1:]])
 
 
 def test_a_new_level_is_drawn_on_its_background_from_its_first_picture_on():
     """As a restored state is drawn."""
-    envs = make_procgen(backgrounds.ALL_LEVELS, 1)
+    envs = make_envs(1, 0)
+    ended = 0
     for _ in range(100):
         _, obs, first = envs.observe()
         if first.any():
             shown = obs["rgb"].copy()
             envs.set_state(envs.get_state())
             assert np.array_equal(envs.observe()[1]["rgb"], shown)
+            ended += 1
         envs.act(np.zeros(8, np.int32))
+    assert ended > 2
 
 
-def test_tests_see_all_backgrounds():
-    *_, met = play(make_procgen(0, 1), 100)
-    assert len(met) > 2
+def test_own_and_others_are_tested_on_the_same_levels_with_the_same_noise():
+    """Of agents that do not look all returns are the same."""
+    few, args = make_few(2, 0)
+
+    def act_blindly(obs):
+        return torch.randint(15, (len(obs),)), None, None
+
+    torch.manual_seed(0)
+    policies = [act_blindly, act_blindly]
+    own = few.script.evaluate(policies, args, 6, (backgrounds.ALL_LEVELS, 0), 7, CPU, ())
+    torch.manual_seed(0)
+    other = few.script.evaluate(policies, args, 6, (0, 0), 7, CPU, ())
+    assert own.shape == (2, 6)
+    assert np.ptp(own[0]) > 0
+    assert np.array_equal(own[0], own[1])
+    assert np.array_equal(own, other)
 
 
-def test_a_run_and_its_end(tmp_path):
-    """Trained, tested, and the same command goes on with it."""
-    settings = TINY | {"num_envs": 2, "num_eval_envs": 2, "total_timesteps": 32, "final_eval_episodes": 2}
-    command = [sys.executable, str(ROOT / "benchmark/backgrounds.py"), "ppo_procgen", "--backgrounds", "2"]
-    command += ["--", *flags(**settings)]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    folder = run_folder(tmp_path)
-    assert "ppo_procgen+2_backgrounds" in folder.name
-    assert json.loads((folder / "args.json").read_text())["num_levels"] == backgrounds.ALL_LEVELS
-    assert (folder / "final_test.json").exists()
-    again = [*command, "--resume", "auto", "--total-timesteps", "64"]
-    done = subprocess.run(again, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120)
-    assert "finished after 64 steps" in done.stdout
+def run(folder, monkeypatch, number: int, *words, **settings):
+    """As from the shell."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["backgrounds.py"])
+    handlers = get_handlers()
+    try:
+        words = [*flags(**SETTINGS | settings), *words]
+        backgrounds.main(backgrounds.Args("mdpo_procgen", number), words)
+        assert signal.getsignal(signal.SIGTERM) != handlers[signal.SIGTERM]
+    finally:
+        set_handlers(handlers)
+    return run_folder(folder)
+
+
+SETTINGS = TINY | {"num_envs": 2, "eval_interval": 1, "final_eval_episodes": 2, "total_timesteps": 64}
+
+
+def test_a_run_its_resumption_and_its_test(tmp_path, monkeypatch):
+    straight = run(tmp_path / "straight", monkeypatch, 2)
+    assert straight.name.startswith("fruitbot__mdpo_procgen+2_backgrounds__1__")
+    assert json.loads((straight / "args.json").read_text())["num_levels"] == backgrounds.ALL_LEVELS
+    tests = json.loads((straight / "final_test.json").read_text())
+    measured = json.loads((straight / "backgrounds.json").read_text())
+    assert measured["global_step"] == 64
+    for agent, test in zip(measured["agents"], tests["agents"], strict=True):
+        assert agent == {"own": test["training_levels"], "other": test["full_distribution"]}
+        assert agent["own"]["episodes"] == 2
+
+    stopped = run(tmp_path / "stopped", monkeypatch, 2, total_timesteps=32)
+    again = run(tmp_path / "stopped", monkeypatch, 2, "--resume", "auto")
+    assert again == run_folder(tmp_path / "stopped") and stopped == again
+    agents = [load_agent(each / "agent_2" / "agent.pt") for each in (straight, again)]
+    assert same(agents[0]["agent"], agents[1]["agent"])
+    assert json.loads((again / "backgrounds.json").read_text()) == measured
+
+    run(tmp_path / "stopped", monkeypatch, 2, "--resume", "auto", final_eval_episodes=3)
+    measured = json.loads((again / "backgrounds.json").read_text())
+    assert measured["agents"][1]["other"]["episodes"] == 3
+
+
+def test_from_the_shell(tmp_path):
+    """Nothing is trained: what stands before and after -- goes where it belongs."""
+    command = [sys.executable, str(ROOT / "benchmark/backgrounds.py")]
+    words = "ppo_procgen --backgrounds 9 -- --env-id fruitbot"
+    done = subprocess.run([*command, *words.split()], cwd=tmp_path, capture_output=True, text=True)
+    message = "backgrounds.py: error: --backgrounds must be below 9, which is all that fruitbot has"
+    assert error_message(done.returncode, done.stdout, done.stderr) == message
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    ("number", "words", "message"),
     [
-        ("--backgrounds 9 -- --env-id fruitbot", "--backgrounds must be at most 8 for fruitbot, not 9"),
-        ("-- --env-id chaser", "--env-id: chaser has only one background"),
-        ("-- --exp_name=mine", "--exp-name is not for the flags of the script"),
-        ("-- --num-levels 0", "--num-levels must not be 0 here: leave it out for all levels"),
+        (1, "--env-id chaser", "--backgrounds must be below 1, which is all that chaser has"),
+        (1, "--exp-name=mine", "--exp-name and --num-levels are not for the flags after --"),
+        (1, "--num-levels 200", "--exp-name and --num-levels are not for the flags after --"),
+        (1, "--start-level 1", "--start-level must be 0"),
+        (1, "--no-such-flag", "--no-such-flag"),
     ],
 )
-def test_what_could_not_be_told_from_the_test(words, message, tmp_path):
-    command = [sys.executable, str(ROOT / "benchmark/backgrounds.py"), "ppo_procgen", *words.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert message in error_message(done.returncode, done.stdout, done.stderr)
+def test_what_the_script_must_not_be_told(number, words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["backgrounds.py"])
+    with pytest.raises(SystemExit) as stop:
+        backgrounds.main(backgrounds.Args("ppo_procgen", number), words.split())
+    captured = capsys.readouterr()
+    assert message in error_message(stop.value.code, captured.out, captured.err)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ("dqn", "SCRIPT must be one of ppo_procgen, spo_procgen, mdpo_procgen, mdspo_procgen, not dqn"),
-        ("ppo_procgen --backgrounds 0", "--backgrounds must be from 1 to"),
-    ],
-)
-def test_bad_flags(words, message, capsys):
-    from helpers import parse_args
-
-    with pytest.raises(SystemExit) as error:
-        parse_args(backgrounds.Args, "", words.split())
-    captured = capsys.readouterr()
-    assert message in error_message(error.value.code, captured.out, captured.err)
+def test_bad_number():
+    with pytest.raises(ValueError, match="--backgrounds must be from 1 to"):
+        backgrounds.Args("ppo_procgen", 0)

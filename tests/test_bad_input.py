@@ -29,24 +29,20 @@ CASES = [
     ("--env-id pong", ["--env-id", "pong", *GAMES]),
     ("--env-id Bigfish", ["--env-id", "Bigfish"]),
     ("--env-id", ["--env-id"]),
-    ("--env-id maze --env-id pong", ["--env-id", "pong"]),
     ("bigfish", ["bigfish"]),
     ("--env-id bigfish fruitbot", ["fruitbot"]),
     # batches
     ("--num-envs 3 --num-steps 5 --num-minibatches 4", ["--num-minibatches", "15"]),
     ("--num-envs 2 --num-steps 2 --num-minibatches 4", ["--num-minibatches", "4", "2 rows"]),
-    ("--num-minibatches 16385", ["--num-minibatches", "16384"]),
     ("--total-timesteps 16383", ["--total-timesteps", "16384"]),
     ("--total-timesteps 1e6", ["--total-timesteps", "1e6"]),
     # distribution modes and levels
     ("--distribution-mode medium", ["--distribution-mode", "easy", "hard"]),
     ("--distribution-mode exploration", ["--distribution-mode"]),  # a mode of Procgen's, of one level
-    ("--distribution-mode extreme", ["--distribution-mode", "bigfish", "easy or hard"]),
     ("--distribution-mode memory", ["--distribution-mode", "bigfish", "easy or hard"]),
     ("--env-id maze --distribution-mode extreme", ["--distribution-mode", "maze", "easy or hard or memory"]),
     ("--env-id chaser --distribution-mode memory", ["--distribution-mode", "chaser", "extreme"]),
     ("--start-level 2147483647 --num-levels 1", ["--start-level", "--num-levels"]),
-    ("--start-level 2147483148", ["--start-level", "--num-levels"]),
     ("--start-level 3 --num-levels 0", ["--start-level", "0", "--num-levels"]),
     # one above or below what would do
     ("--num-envs 0", ["--num-envs", "from 1 to"]),
@@ -59,7 +55,6 @@ CASES = [
     ("--final-eval-episodes 1", ["--final-eval-episodes", "from 2 to"]),  # has no standard error
     ("--final-eval-episodes 65537", ["--final-eval-episodes", "65536"]),
     ("--seed 2147483648", ["--seed", "from 0 to 2147483647"]),
-    ("--seed 1 --seed -2", ["--seed", "-2"]),
     ("--learning-rate 0", ["--learning-rate"]),
     ("--clip-coef 0", ["--clip-coef"]),
     ("--max-grad-norm 0", ["--max-grad-norm"]),
@@ -68,13 +63,10 @@ CASES = [
     ("--channels 4 0 4", ["--channels", "from 1 to 4096"]),
     ("--channels 4 4 4097", ["--channels", "from 1 to 4096"]),
     # what cannot be read
-    ("--channels 4 4", ["--channels"]),
     ("--channels 4 4 4 4", ["--channels"]),
     ("--channels 4 4 wide", ["--channels", "wide"]),
     ("--channels None", ["--channels", "None"]),
     ("--channels", ["--channels"]),
-    ("--num-envs", ["--num-envs"]),
-    ("--num-envs many", ["--num-envs", "many"]),
     ("--num-envs 4.5", ["--num-envs", "4.5"]),
     ("--num-env 4", ["--num-env"]),
     ("--gamma 0,9", ["--gamma", "0,9"]),
@@ -83,13 +75,11 @@ CASES = [
     ("--torch-deterministic False", ["False"]),
     ("--compile False", ["False"]),
     ("--bf16 None", ["None"]),
-    ("--no-num-envs", ["--no-num-envs"]),
     # names, files and devices
     ("--exp-name a/b", ["--exp-name", "a/b"]),
     ("--exp-name *", ["--exp-name", "*"]),
     (f"--exp-name {100 * 'a'}", ["--exp-name", "99"]),
     (f"--exp-name {99 * chr(0x4E00)}", ["--exp-name"]),  # of 297 bytes, where a file's name may have 255
-    ("--exp-name=", ["--exp-name"]),
     ("--exp-name", ["--exp-name"]),
     ("--device gpu", ["--device", "gpu", "auto", "cpu", "cuda"]),
     ("--device cuda:0", ["--device", "cuda:0"]),
@@ -108,7 +98,7 @@ CASES = [
     # flags that there are not
     ("--no-such-flag 1", ["--no-such-flag"]),
     ("--batch-size 64", ["--batch-size"]),  # derived
-    ("--res nowhere", ["--res"]),
+    ("--res nowhere", ["Unrecognized", "--res"]),
     ("-x", ["-x"]),
 ]
 OF_SINGLE_SCRIPTS = [

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from algorithm import make_small_probes, minibatch_step, parameters_of
+from algorithm import make_small_probes, parameters_of
 from common import MUTUAL, SCRIPTS, Probe, agent_folders, make_agents, make_batch, read_curves, run_folder
 from torch.distributions import Categorical, kl_divergence
 
@@ -72,18 +72,18 @@ def mean_kl(agents, obs) -> float:
 
 
 def kl_after_distillation(script, num_agents=2, detach_peer=False):
-    """Mean KL between policies before and after minibatch steps in which only the KL acts."""
+    """Mean KL between policies before and after an update in which only the KL acts."""
     agents = make_agents(script, num_agents)
     batches = []
     for seed in range(num_agents):
         batches.append(make_batch(script, 16, seed)._replace(advantages=torch.zeros(16)))
-    settings = {"ent_coef": 0.0, "vf_coef": 0.0, "device": "cpu"}
+    settings = {"num_envs": 1, "num_steps": 16, "num_minibatches": 1, "update_epochs": 15, "device": "cpu"}
+    settings |= {"ent_coef": 0.0, "vf_coef": 0.0}
     args = script.Args(**settings, detach_peer=detach_peer, num_agents=num_agents)
     optimizer = torch.optim.Adam(parameters_of(agents), lr=1e-3)
     obs = torch.cat([batch.obs for batch in batches])
     before = mean_kl(agents, obs)
-    for _ in range(15):
-        minibatch_step(script, agents, optimizer, batches, args, torch.arange(16), part_size=16)
+    script.update(script.compute_loss, agents, optimizer, batches, args)
     return before, mean_kl(agents, obs)
 
 

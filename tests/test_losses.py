@@ -1,13 +1,12 @@
-"""The losses by hand, and the gradients that a minibatch step makes of them."""
+"""The losses by hand, and the gradients that an update makes of them."""
 
 import importlib
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from algorithm import CPU, NoProgress, make_runner, make_small_probes, minibatch_step, parameters_of
+from algorithm import CPU, make_runner, make_small_probes, parameters_of
 from common import MUTUAL, SCRIPTS, TINY, make_agents, make_batch
 from torch.distributions import Categorical, kl_divergence
 
@@ -101,24 +100,23 @@ def test_rl_loss_is_made_of_its_parts(script):
     torch.testing.assert_close(loss, total)
 
 
-def test_the_ratio_is_one_right_after_a_rollout(script, tmp_path, monkeypatch):
+def test_the_ratio_is_one_right_after_a_rollout(script, monkeypatch):
     """Actions, observations and log-probabilities keep their places from the rollout into the minibatch."""
     monkeypatch.setattr(script, "make_envs", make_small_probes)
     settings = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "total_timesteps": 32}
-    args = script.Args(device="cpu", num_eval_envs=2, **settings)
-    runner = make_runner(script, args, tmp_path)
+    args = script.Args(device="cpu", **settings)
+    runner = make_runner(script, args)
     torch.manual_seed(0)
     agent = script.Agent(channels=(4, 4, 4), obs_shape=runner.obs_shape)
     agent.actor.weight.data *= 300
-    script.rollout([lambda obs: script.act(agent, obs)], [runner], NoProgress())
+    script.rollout([lambda obs: script.act(agent, obs)], [runner], args)
     runner.finish_rollout()
-    runner.close()
-    logits, values = agent(runner.batch.obs)
-    _, metrics = script.rl_loss(logits, values, runner.batch, args)
-    assert len(runner.batch.obs) == args.batch_size
+    batch = runner.batch.rows(torch.randperm(args.batch_size))
+    logits, values = agent(batch.obs)
+    _, metrics = script.rl_loss(logits, values, batch, args)
     assert metrics["ratio_deviation"] < 1e-5
     assert metrics["clipfrac"] == 0
-    torch.testing.assert_close(values, runner.batch.values, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values, batch.values, rtol=1e-5, atol=1e-6)
 
 
 def test_mutual_kl_is_that_of_torch_distributions(mutual):
@@ -158,8 +156,13 @@ def test_mutual_kl_of_extreme_policies(mutual):
 
 
 SIZE = 16
-MB_INDS = torch.tensor([9, 2, 15, 4, 0, 11])
 UNCLIPPED = 1e9  # a bound that no gradient reaches
+
+
+def one_step_args(script, size: int = SIZE, **settings):
+    """Of an update with one step, on the whole batch."""
+    options = {"num_envs": 1, "num_steps": size, "num_minibatches": 1, "update_epochs": 1, "device": "cpu"}
+    return script.Args(**options | {"max_grad_norm": UNCLIPPED} | settings)
 
 
 def gradients(agents):
@@ -170,12 +173,13 @@ def norms(agents) -> list[float]:
     return [torch.cat([grad.flatten() for grad in grads]).norm().item() for grads in gradients(agents)]
 
 
-def step_without_moving(script, args, agents, batches, **options) -> dict[str, list[float]]:
-    """A minibatch step that leaves the gradients, and the weights as they were. Returns for each metric the
+def update_without_moving(script, args, agents, batches) -> dict[str, list[float]]:
+    """Leaves the gradients of the last step, and the weights as they were. Returns for each metric the
     numbers of the agents."""
     optimizer = torch.optim.SGD(parameters_of(agents), lr=0.0)
-    metrics = minibatch_step(script, agents, optimizer, batches, args, MB_INDS, **options)
-    return {name: values.tolist() for name, values in metrics.items()}
+    metrics = script.update(script.compute_loss, agents, optimizer, batches, args)
+    assert len(metrics) == len(agents)
+    return {name: [means[name].item() for means in metrics] for name in metrics[0]}
 
 
 def agents_and_batches(script, num: int = 0):
@@ -204,8 +208,7 @@ def expected_loss(script, args, agents, batches):
     """The mean of L_1 ... L_K, each network run on each minibatch by itself, and the distillation terms."""
     losses = []
     kls = []
-    for i, batch in enumerate(batches):
-        mb = script.Batch(*(column[MB_INDS] for column in batch))
+    for i, mb in enumerate(batches):
         # Over the whole minibatch, of which the script takes parts.
         advantages = (mb.advantages - mb.advantages.mean()) / (mb.advantages.std() + 1e-8)
         logits, values = agents[i](mb.obs)
@@ -217,11 +220,10 @@ def expected_loss(script, args, agents, batches):
     return sum(losses) / len(losses), kls
 
 
-def assert_gradients_are_those_of_the_loss(script, args, num: int = 0):
-    agents, batches = agents_and_batches(script, num)
+def assert_gradients_are_those_of_the_loss(script, args, agents, batches):
     loss, kls = expected_loss(script, args, agents, batches)
     expected = torch.autograd.grad(loss, parameters_of(agents))
-    metrics = step_without_moving(script, args, agents, batches)
+    metrics = update_without_moving(script, args, agents, batches)
     for weight, gradient in zip(parameters_of(agents), expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-5)
     if kls:
@@ -230,7 +232,7 @@ def assert_gradients_are_those_of_the_loss(script, args, num: int = 0):
 
 def test_gradients_are_those_of_the_loss(script):
     """For the mutual scripts of (L_1 + L_2) / 2, with gradient of both KL terms for both networks."""
-    assert_gradients_are_those_of_the_loss(script, script.Args(device="cpu", max_grad_norm=UNCLIPPED))
+    assert_gradients_are_those_of_the_loss(script, one_step_args(script), *agents_and_batches(script))
 
 
 @pytest.mark.parametrize("num_agents", [2, 3])
@@ -239,8 +241,45 @@ def test_gradients_are_those_of_the_loss(script):
 )
 def test_gradients_with_other_distillation(mutual, settings, num_agents):
     """Of K agents L_i has the mean KL over the peers, and the loss is the mean of the L_i."""
-    args = mutual.Args(device="cpu", max_grad_norm=UNCLIPPED, num_agents=num_agents, **settings)
-    assert_gradients_are_those_of_the_loss(mutual, args, num_agents)
+    args = one_step_args(mutual, num_agents=num_agents, **settings)
+    assert_gradients_are_those_of_the_loss(mutual, args, *agents_and_batches(mutual, num_agents))
+
+
+@pytest.mark.parametrize("size", [512, 600])
+def test_parts_of_a_minibatch_add_up(script, size, monkeypatch):
+    """On a CPU a minibatch is computed in parts of 256 rows, of which the last may be smaller: gradient and
+    metrics are those of the whole."""
+    compute_loss = script.compute_loss
+    sizes = []
+
+    def compute_loss_of_part(agents, mbs, args):
+        sizes.append(len(mbs[0].obs))
+        return compute_loss(agents, mbs, args)
+
+    monkeypatch.setattr(script, "compute_loss", compute_loss_of_part)
+    torch.manual_seed(0)
+    num = 2 if script.__name__ in MUTUAL else 1
+    agents = [script.Agent(channels=(4, 4, 4), obs_shape=(8, 8, 3)) for _ in range(num)]
+    for agent in agents:
+        agent.actor.weight.data *= 300
+    batches = []
+    for seed in range(num):
+        batch = make_batch(script, size, seed)
+        batches.append(batch._replace(obs=batch.obs[:, :8, :8].contiguous()))
+    args = one_step_args(script, size)
+    assert_gradients_are_those_of_the_loss(script, args, agents, batches)
+    sizes.clear()
+    reported = update_without_moving(script, args, agents, batches)
+    assert sizes == [256, 256, 88][: len(sizes)]
+    assert sum(sizes) == size
+    normalised = []
+    for batch in batches:
+        advantages = (batch.advantages - batch.advantages.mean()) / batch.advantages.std()
+        normalised.append(batch._replace(advantages=advantages))
+    _, metrics = script.compute_loss(agents, normalised, args)
+    for name, values in reported.items():
+        expected = [whole[name].item() for whole in metrics]
+        assert values == pytest.approx(expected, rel=1e-3, abs=1e-5), name
 
 
 @pytest.mark.parametrize("detach_peer", [False, True])
@@ -263,16 +302,16 @@ def test_who_gets_gradient_of_one_kl(mutual, detach_peer, num_agents):
 
 def test_a_permutation_of_three_agents_permutes_the_result(mutual):
     order = [2, 0, 1]
-    args = mutual.Args(device="cpu", max_grad_norm=UNCLIPPED, num_agents=3)
+    args = one_step_args(mutual, num_agents=3)
     agents, batches = agents_and_batches(mutual, 3)
-    metrics = step_without_moving(mutual, args, agents, batches)
+    metrics = update_without_moving(mutual, args, agents, batches)
     expected_metrics = {name: [values[i] for i in order] for name, values in metrics.items()}
     expected_gradients = [gradients(agents)[i] for i in order]
     assert len(set(metrics["mutual_kl"])) == 3
 
     agents = [agents[i] for i in order]
     batches = [batches[i] for i in order]
-    permuted = step_without_moving(mutual, args, agents, batches)
+    permuted = update_without_moving(mutual, args, agents, batches)
     torch.testing.assert_close(permuted, expected_metrics, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(gradients(agents), expected_gradients, rtol=1e-3, atol=1e-5)
 
@@ -280,20 +319,18 @@ def test_a_permutation_of_three_agents_permutes_the_result(mutual):
 def test_gradient_norm_is_clipped_for_each_agent_alone(script):
     """A bound between two agents' norms shortens the longer gradient and leaves the other as it is."""
     agents, batches = agents_and_batches(script)
-    batches[0] = batches[0]._replace(returns=100 * batches[0].returns)
-    args = script.Args(device="cpu", max_grad_norm=UNCLIPPED)
-    before = step_without_moving(script, args, agents, batches)["grad_norm"]
-    assert norms(agents) == pytest.approx(before, rel=1e-5)
+    batches[0] = batches[0]._replace(returns=100 * batches[0].returns.abs())
+    args = one_step_args(script)
+    update_without_moving(script, args, agents, batches)
+    before = norms(agents)
     assert len(before) == 1 or before[0] > 2 * before[1]
 
     bound = before[0] / 1.5
-    args = replace(args, max_grad_norm=bound)
-    reported = step_without_moving(script, args, agents, batches)["grad_norm"]
-    assert reported == pytest.approx(before, rel=1e-5)  # the norms before clipping
+    update_without_moving(script, replace(args, max_grad_norm=bound), agents, batches)
     assert norms(agents) == pytest.approx([bound, *before[1:]], rel=1e-4)
 
     bound = min(before) / 10
-    step_without_moving(script, replace(args, max_grad_norm=bound), agents, batches)
+    update_without_moving(script, replace(args, max_grad_norm=bound), agents, batches)
     assert norms(agents) == pytest.approx([bound] * len(agents), rel=1e-4)
 
 
@@ -302,64 +339,43 @@ def test_the_optimizer_steps_along_the_clipped_gradient(script):
     agents, batches = agents_and_batches(script)
     before = [weight.detach().clone() for weight in parameters_of(agents)]
     optimizer = torch.optim.SGD(parameters_of(agents), lr=1.0)
-    args = script.Args(device="cpu", max_grad_norm=0.01)
-    metrics = minibatch_step(script, agents, optimizer, batches, args, MB_INDS)
-    assert min(metrics["grad_norm"]) > 0.02
+    args = one_step_args(script, max_grad_norm=0.01)
+    script.update(script.compute_loss, agents, optimizer, batches, args)
     moves = [after - old for after, old in zip(parameters_of(agents), before)]
     distance = sum((move**2).sum() for move in moves).sqrt().item()
     assert distance == pytest.approx(0.01 * len(agents) ** 0.5, rel=1e-3)
 
 
-def test_a_step_changes_no_batch(script):
+def test_an_update_changes_no_batch(script):
     """Advantages are normalised in each minibatch, not in the batch: the next epoch would do it again."""
     agents, batches = agents_and_batches(script)
     before = [script.Batch(*(column.clone() for column in batch)) for batch in batches]
-    step_without_moving(script, script.Args(device="cpu"), agents, batches)
+    update_without_moving(script, one_step_args(script, num_minibatches=2), agents, batches)
     for batch, old in zip(batches, before):
         assert all(torch.equal(*columns) for columns in zip(batch, old))
 
 
-def test_parts_add_up(script):
-    """Metrics and gradients of a minibatch do not depend on the size of its parts."""
+def test_every_weight_moves(script):
+    """And old gradients do not linger: those of a second step are not the sum of two."""
     agents, batches = agents_and_batches(script)
-    results = []
-    for part_size in (6, 4, 3, 1):
-        args = script.Args(device="cpu", max_grad_norm=UNCLIPPED)
-        metrics = step_without_moving(script, args, agents, batches, part_size=part_size)
-        results.append((metrics, gradients(agents)))
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-5)
-
-
-def test_optimizer_moves_every_weight(script):
-    """And old gradients do not linger: a second step's gradients are not the sum of two."""
-    agents, batches = agents_and_batches(script)
-    args = script.Args(device="cpu", max_grad_norm=UNCLIPPED)
-    step_without_moving(script, args, agents, batches)
+    args = one_step_args(script)
+    update_without_moving(script, args, agents, batches)
     once = norms(agents)
-    step_without_moving(script, args, agents, batches)
-    assert norms(agents) == pytest.approx(once, rel=1e-5)
+    update_without_moving(script, replace(args, update_epochs=2), agents, batches)
+    assert norms(agents) == pytest.approx(once, rel=1e-4)
 
     before = [weight.detach().clone() for weight in parameters_of(agents)]
     optimizer = torch.optim.Adam(parameters_of(agents), lr=1e-3)
-    minibatch_step(script, agents, optimizer, batches, args, MB_INDS)
+    script.update(script.compute_loss, agents, optimizer, batches, args)
     assert not any(torch.equal(old, new) for old, new in zip(before, parameters_of(agents), strict=True))
 
 
-def set_up(script, tmp_path, monkeypatch, **settings):
-    """Agents and optimizer as a run begins with them."""
-    monkeypatch.setattr(script, "make_envs", make_small_probes)
-    args = script.Args(**TINY | settings)
-    agents, optimizer, runners = script.set_up(args, tmp_path, CPU)
-    for runner in runners:
-        runner.close()
-    return agents, optimizer
-
-
-def test_adam_is_that_of_the_paper(script, tmp_path, monkeypatch):
+def test_adam_is_that_of_the_paper(script, monkeypatch):
     """By hand: betas of 0.9 and 0.999, and an epsilon of 1e-5, beside gradients of that size. It has every
     weight of every agent."""
-    agents, optimizer = set_up(script, tmp_path, monkeypatch, learning_rate=0.25)
+    monkeypatch.setattr(script, "make_envs", make_small_probes)
+    args = script.Args(**TINY | {"learning_rate": 0.25})
+    agents, optimizer, _ = script.set_up(args, CPU)
     before = [weight.detach().clone() for weight in parameters_of(agents)]
     expected = 0.0
     mean = 0.0
@@ -377,20 +393,37 @@ def test_adam_is_that_of_the_paper(script, tmp_path, monkeypatch):
 
 
 def test_update_visits_every_row_once_an_epoch(script):
+    """All agents the same rows, in minibatches of which each has normalised advantages, and a step on each.
+    The metrics are means over the minibatches."""
     args = script.Args(num_envs=4, num_steps=10, num_minibatches=5, update_epochs=3, device="cpu")
-    calls = []
+    weights = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+    numbers = torch.arange(40)
+    batches = []
+    for seed in range(2):
+        batches.append(make_batch(script, 40, seed)._replace(obs=numbers, actions=numbers + seed))
+    visited = []
 
-    def step(mb_inds):
-        calls.append(mb_inds)
-        number = float(len(calls))
-        return {"first": torch.tensor([number, -number]), "second": torch.tensor([2 * number, 0.0])}
+    def compute_loss(agents, mbs, args):
+        rows = mbs[0].obs
+        visited.append(rows)
+        for seed, mb in enumerate(mbs):
+            assert torch.equal(mb.obs, rows)
+            assert torch.equal(mb.actions, rows + seed)
+            assert torch.equal(mb.returns, batches[seed].returns[rows])
+            advantages = batches[seed].advantages[rows]
+            expected = (advantages - advantages.mean()) / advantages.std()
+            torch.testing.assert_close(mb.advantages, expected)
+        number = torch.tensor(float(len(visited)))
+        loss = sum(agent.weight.sum() for agent in agents)
+        return loss, [{"first": number, "second": -number}, {"first": 2 * number}]
 
-    metrics = script.update(step, args, CPU, NoProgress())
-    assert [len(mb_inds) for mb_inds in calls] == [8] * 15
-    epochs = [torch.cat(calls[i : i + 5]).tolist() for i in (0, 5, 10)]
+    optimizer = torch.optim.SGD(parameters_of(weights), lr=1.0)
+    before = torch.cat(parameters_of(weights)).detach()
+    metrics = script.update(compute_loss, weights, optimizer, batches, args)
+    assert [len(rows) for rows in visited] == [8] * 15
+    epochs = [torch.cat(visited[i : i + 5]).tolist() for i in (0, 5, 10)]
     assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in [*epochs, range(40)]}) == 4  # shuffled, and anew each time
-    numbers = np.arange(1.0, 16.0)
-    assert metrics.keys() == {"first", "second"}
-    np.testing.assert_array_equal(metrics["first"], np.stack([numbers, -numbers], axis=1))
-    np.testing.assert_array_equal(metrics["second"], np.stack([2 * numbers, 0 * numbers], axis=1))
+    torch.testing.assert_close(torch.cat(parameters_of(weights)).detach(), before - 15 * 0.5)
+    assert metrics[0] == {"first": pytest.approx(8.0), "second": pytest.approx(-8.0)}
+    assert metrics[1] == {"first": pytest.approx(16.0)}

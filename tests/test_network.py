@@ -5,44 +5,11 @@ import torch
 import torch.nn.functional as F
 
 # What agent.pt of every release holds under "agent", in this order.
-NAMES = [
-    "encoder.0.weight",
-    "encoder.0.bias",
-    "encoder.2.1.weight",
-    "encoder.2.1.bias",
-    "encoder.2.3.weight",
-    "encoder.2.3.bias",
-    "encoder.3.1.weight",
-    "encoder.3.1.bias",
-    "encoder.3.3.weight",
-    "encoder.3.3.bias",
-    "encoder.4.weight",
-    "encoder.4.bias",
-    "encoder.6.1.weight",
-    "encoder.6.1.bias",
-    "encoder.6.3.weight",
-    "encoder.6.3.bias",
-    "encoder.7.1.weight",
-    "encoder.7.1.bias",
-    "encoder.7.3.weight",
-    "encoder.7.3.bias",
-    "encoder.8.weight",
-    "encoder.8.bias",
-    "encoder.10.1.weight",
-    "encoder.10.1.bias",
-    "encoder.10.3.weight",
-    "encoder.10.3.bias",
-    "encoder.11.1.weight",
-    "encoder.11.1.bias",
-    "encoder.11.3.weight",
-    "encoder.11.3.bias",
-    "encoder.14.weight",
-    "encoder.14.bias",
-    "actor.weight",
-    "actor.bias",
-    "critic.weight",
-    "critic.bias",
-]
+LAYERS = ["encoder.14", "actor", "critic"]
+for stage in (8, 4, 0):
+    blocks = [f"{stage + 2}.1", f"{stage + 2}.3", f"{stage + 3}.1", f"{stage + 3}.3"]
+    LAYERS = [f"encoder.{layer}" for layer in (stage, *blocks)] + LAYERS
+NAMES = [f"{layer}.{name}" for layer in LAYERS for name in ("weight", "bias")]
 
 
 def random_obs(num: int, *shape: int):

@@ -425,15 +425,15 @@ def test_optimal_values(offset):
     """They are the fixed point of value iteration, and no policy does better. Also where all rewards are
     positive, or none."""
     rng = np.random.default_rng(2)
-    problem = random_problem(rng, gamma=0.8, num_states=5, num_actions=3)
+    problem = random_problem(rng, gamma=0.9, num_states=20, num_actions=5)
     problem["reward"] += offset
     mdp = MDP(*[problem[name] for name in MDP._fields])
-    values = np.zeros(5)
-    for _ in range(300):
-        values = (mdp.reward + 0.8 * mdp.transition @ values).max(-1)
+    values = np.zeros(20)
+    for _ in range(400):
+        values = (mdp.reward + 0.9 * mdp.transition @ values).max(-1)
     optimal = renderings.optimal_values(mdp)
     assert optimal == pytest.approx(values, abs=1e-9)
-    others = random_distributions(rng, 50, 5, 3, sharpness=10.0)
+    others = random_distributions(rng, 50, 20, 5, sharpness=10.0)
     assert (renderings.state_values(mdp, others) <= optimal + 1e-9).all()
 
 

@@ -167,6 +167,8 @@ def test_labels():
     assert runs.name_algorithms(data, runs.Choice(paths=(ROOT,))) == {"a": "a", "b": "b"}
     choice = runs.Choice(paths=(ROOT,), algorithms=("b", "a"), labels=("one", "two"))
     assert list(runs.name_algorithms(data, choice).items()) == [("b", "one"), ("a", "two")]
+    ten = tuple("abcdefghij")
+    assert len(runs.name_algorithms(data, runs.Choice(paths=(ROOT,), algorithms=ten))) == 10
 
 
 BAD = [  # of both tools, or of one: what is written on the command line, and words that the message has

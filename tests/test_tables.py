@@ -10,6 +10,7 @@ from common import ROOT, error_message
 from test_runs import MDPO, PPO, line, run_tool, write_run
 
 sys.path.insert(0, str(ROOT / "benchmark"))
+import runs
 import tables
 from runs import FINAL_TEST, FINAL_TRAIN, TEST, TRAIN
 
@@ -292,3 +293,14 @@ def test_the_results_give_their_tables(make):
     assert (RESULTS / "frozen.md").read_text() in text
     text, _ = make(*words, "spo_procgen", "mdspo_procgen", "--robustness", RESULTS / "robustness.csv")
     assert (RESULTS / "spo.md").read_text() in text
+
+
+def test_an_interval_of_the_page():
+    """Of the correlation of KL under random convolutions with the return on training levels."""
+    methods = (PPO, MDPO, f"{PPO}+both", "spo_procgen", "mdspo_procgen", f"{MDPO}+detached")
+    choice = runs.Choice(paths=(RESULTS / "curves.csv",), algorithms=methods, distribution_mode="easy")
+    agents = tables.find_agents(runs.read_runs(choice, [TEST], {}))
+    joined = agents.merge(tables.read_robustness(RESULTS / "robustness.csv"), on="run")
+    trainings = joined[joined.perturbation == "random-conv"].groupby(["algorithm", "seed"])
+    columns = [training[["kl_mean", "train"]].to_numpy().T for _, training in trainings]
+    assert str(tables.correlation_interval(columns)) == "0.669 (0.280 to 0.884)"

@@ -267,13 +267,12 @@ def small(monkeypatch):
 
 @pytest.mark.slow
 def test_in_a_process_of_its_own(tmp_path):
-    """From a shell, two at a time. Each is as it is alone."""
-    command = [sys.executable, theory.__file__, *WORDS, "--seeds", "2", "--output", "out"]
+    """From a shell. The training is as it is in this process."""
+    command = [sys.executable, theory.__file__, *WORDS, "--output", "out"]
     subprocess.run([*command, "--processes", "2"], cwd=tmp_path, check=True, timeout=600)
     result = json.loads((tmp_path / "out" / NAME).read_text())
     again = theory.train(Job("ppo", 2, 1), result["design"])
     assert json.loads(json.dumps(again)) == result
-    assert (tmp_path / "out" / "ppo__2__2.json").exists()
 
 
 def test_files(made):
