@@ -1,4 +1,4 @@
-"""What the tools of this folder share. To import it is what makes `import ppo_procgen` find the training scripts.
+"""What the tools share. To import it is what makes `import ppo_procgen` find the training scripts.
 
 What a user types wrong is a ValueError in Args.__post_init__, which tyro prints as it prints its own. What is
 wrong with a file that a flag names is one line by `fail`. Both end with exit status 2.

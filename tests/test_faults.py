@@ -112,12 +112,12 @@ def test_the_evil_files_do_run_code(tmp_path, monkeypatch):
     assert (tmp_path / "executed").exists()
 
 
-def test_settings_of_another_version(ppo, tmp_path, capsys):
-    """A checkpoint with a flag that there is no more cannot be gone on from."""
+def test_checkpoint_of_an_older_version(ppo, tmp_path, capsys):
+    """Those of earlier scripts keep their random generators under another name."""
     content = load(ppo.checkpoints[4])
-    content["args"]["warmth"] = 3
+    content["generators"] = content.pop("torch_rng")
     torch.save(content, tmp_path / "checkpoint.pt")
-    assert "warmth" in error_line(ppo.script, tmp_path, capsys, "--resume", tmp_path)
+    assert "torch_rng" in error_line(ppo.script, tmp_path, capsys, "--resume", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mdpo_procgen", "spo_procgen"])
