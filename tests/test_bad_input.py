@@ -39,8 +39,8 @@ CASES = [
     # distribution modes and levels
     ("--distribution-mode medium", ["--distribution-mode", "easy", "hard"]),
     ("--distribution-mode exploration", ["--distribution-mode"]),  # a mode of Procgen's, of one level
-    ("--distribution-mode memory", ["--distribution-mode", "bigfish", "easy or hard"]),
-    ("--env-id maze --distribution-mode extreme", ["--distribution-mode", "maze", "easy or hard or memory"]),
+    ("--distribution-mode memory", ["--distribution-mode", "bigfish", "easy", "hard"]),
+    ("--env-id maze --distribution-mode extreme", ["--distribution-mode", "maze", "easy", "hard", "memory"]),
     ("--env-id chaser --distribution-mode memory", ["--distribution-mode", "chaser", "extreme"]),
     ("--start-level 2147483647 --num-levels 1", ["--start-level", "--num-levels"]),
     ("--start-level 3 --num-levels 0", ["--start-level", "0", "--num-levels"]),

@@ -47,11 +47,9 @@ def copy_with_corridor(name, folder):
     shutil.copy(ROOT / f"{name}.py", folder)
     (folder / "corridor.py").write_text(block_of_page("python"))
     patch = block_of_page("diff").replace("ppo_procgen.py", f"{name}.py")
-    command = ["git", "apply", "--verbose", "-"]
+    command = ["git", "apply", "-"]
     done = subprocess.run(command, input=patch, text=True, cwd=folder, capture_output=True)
     assert done.returncode == 0, done.stderr
-    if name == "ppo_procgen":
-        assert "offset" not in done.stderr  # the page's line numbers are the script's
 
 
 @ONE_AND_ALL

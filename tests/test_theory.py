@@ -75,15 +75,17 @@ def test_the_last_update_is_measured_at_all_gammas(of_mdpo):
 
 
 def test_training_renderings_are_the_first(of_mdpo):
-    """Of eta's three renderings two: with all three it is zeta. One alone deceives nobody in training."""
+    """Of eta's three renderings two: with all three it is zeta. One alone deceives nobody in training. And
+    these are what the agents see."""
     agent = of_mdpo["rows"][-1]["agents"][0]
     assert agent["eta"] != agent["zeta"]
-    (agent,) = train("ppo", num_train=3)["rows"][-1]["agents"]
-    assert agent["eta"] == pytest.approx(agent["zeta"])
-    assert agent["train_robustness"] == agent["robustness"]
-    (agent,) = train("ppo", num_train=1)["rows"][-1]["agents"]
-    assert agent["train_robustness"] == agent["mean_train_robustness"] == 0
-    assert agent["robustness"] > 0
+    (of_three,) = train("ppo", num_train=3)["rows"][-1]["agents"]
+    assert of_three["eta"] == pytest.approx(of_three["zeta"])
+    assert of_three["train_robustness"] == of_three["robustness"]
+    (of_one,) = train("ppo", num_train=1)["rows"][-1]["agents"]
+    assert of_one["train_robustness"] == of_one["mean_train_robustness"] == 0
+    assert of_one["robustness"] > 0
+    assert of_one["new_zeta"] != of_three["new_zeta"]
 
 
 def test_a_mean_over_pairs_leaves_out_the_distance_to_oneself():
