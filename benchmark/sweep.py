@@ -101,7 +101,6 @@ def plan_run(args: Args, algorithm: str, game: str, seed: int, variant: str, fla
             fail(f"{flag} is not for the flags of the scripts, since the sweep sets it")
     script = f"{algorithm}_procgen"
     exp_name = f"{script}+{label}" if label else script
-    words = ["--num-env-threads", str(args.cpus), *words]
     words += ["--env-id", game, "--exp-name", exp_name, "--seed", str(seed)]
 
     module = importlib.import_module(script)

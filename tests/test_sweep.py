@@ -68,13 +68,12 @@ def test_when_all_is_finished_it_ends_there(tmp_path, monkeypatch, capsys):
 
 
 def test_a_plan(tmp_path):
-    """Later words win in the script: what a variant says before what is said for all, and both before the
-    threads that are the cores."""
-    run = plan(tmp_path, seed=7, variant="wide=--channels 8 8 8 --num-env-threads 1")
+    """Later words win in the script: what a variant says before what is said for all."""
+    run = plan(tmp_path, seed=7, variant="wide=--channels 8 8 8")
     assert (run.name, run.script, run.state) == ("fruitbot__ppo_procgen+wide__7", "ppo_procgen", "new")
     line = " ".join(run.words)
-    assert line.startswith("--num-env-threads 3 --num-envs 4 ")
-    assert "--channels 4 4 4 " in line and " --channels 8 8 8 --num-env-threads 1 " in line
+    assert line.startswith("--num-envs 4 ")
+    assert "--channels 4 4 4 " in line and " --channels 8 8 8 " in line
     assert line.endswith("--env-id fruitbot --exp-name ppo_procgen+wide --seed 7 --resume auto")
 
 
