@@ -94,13 +94,16 @@ def test_a_mean_over_pairs_leaves_out_the_distance_to_oneself():
     assert theory.mean_of_pairs(np.zeros((1, 1))) == 0
 
 
-def test_a_seed_gives_the_same_again():
-    """And the script stays as it is: a training has a copy."""
+def test_a_seed_gives_the_same_again(tmp_path, monkeypatch, capfd):
+    """Without a word or a file. And the script stays as it is: a training has a copy."""
     import ppo_procgen
 
+    monkeypatch.chdir(tmp_path)
     first = train("ppo")
     assert train("ppo") == first
     assert train("ppo", seed=2)["rows"] != first["rows"]
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
     assert ppo_procgen.make_envs.__module__ == ppo_procgen.Agent.__module__ == "ppo_procgen"
 
 
