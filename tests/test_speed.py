@@ -32,7 +32,8 @@ class TimedScript:
     SCRIPT = "ppo_procgen"
     Args = ppo_procgen.Args
 
-    def __init__(self):
+    def __init__(self, num_agents: int):
+        self.num_agents = num_agents
         self.time = 0.0
         self.iterations = 0
         self.kept = 0
@@ -53,7 +54,7 @@ class TimedScript:
         return SimpleNamespace(num=4, act=act, observe=observe)
 
     def plain_speed_up(self, *inputs):
-        return [lambda obs: self.pass_time(1.5)], "loss"
+        return self.num_agents * [lambda obs: self.pass_time(1.5)], "loss"
 
     def plain_rollout(self, policy, envs):
         for _ in range(2):
@@ -80,7 +81,7 @@ class TimedScript:
         print("cpu, the encoder in float32")
         print(f"run folder: {folder}")
         envs = self.make_envs(args)
-        (policy,), loss_function = self.speed_up()
+        (policy, *_), loss_function = self.speed_up()
         while self.iterations < args.total_timesteps // args.batch_size:
             self.iterations += 1
             self.rollout(policy, envs)
@@ -88,9 +89,10 @@ class TimedScript:
             self.save_checkpoint()
 
 
-def test_numbers(monkeypatch, capsys):
+@pytest.mark.parametrize(("num_agents", "each"), [(1, ""), (2, " of each agent")])
+def test_numbers(num_agents, each, monkeypatch, capsys):
     """An iteration takes 2 x (0.25 + 0.75 + 1.5) + 1 + 14 = 20 s, for 64 steps of training."""
-    script = TimedScript()
+    script = TimedScript(num_agents)
     monkeypatch.setattr(speed, "copy_script", lambda name: script)
     monkeypatch.setattr(speed, "step_environments", lambda settings: 12345.6)
     clock = SimpleNamespace(perf_counter=lambda: script.time)
@@ -109,11 +111,25 @@ def test_numbers(monkeypatch, capsys):
         "| inference | 3000.0 | 15.0% |",
         "| update | 14000.0 | 70.0% |",
         "| everything else | 1000.0 | 5.0% |",
-        "steps a second: 3 (from 3 to 3)",
+        f"steps a second{each}: 3 (from 3 to 3)",
         "environments alone: 12,346 steps a second",
         "a test of an agent, 2 episodes: 3.00 s",
     ]
     assert lines[-2].startswith("peak host memory: ")
+
+
+def test_speed_of_the_environments(monkeypatch):
+    """Of 8, each step of which takes half a second."""
+    clock = SimpleNamespace(seconds=0.0)
+
+    def act(actions):
+        assert actions.shape == (8,) and actions.dtype == np.int32
+        clock.seconds += 0.5
+
+    envs = SimpleNamespace(num=8, act=act, observe=lambda: None)
+    monkeypatch.setattr(speed, "make_envs", lambda *inputs: envs)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock.seconds)
+    assert speed.step_environments(ppo_procgen.Args(), num_steps=4) == 16
 
 
 def test_speeds_have_their_median_and_their_extremes():
@@ -212,7 +228,7 @@ BAD = {
 BAD_AFTER_THE_FIRST_LINES = {
     "ppo_procgen --gamma 2": "--gamma must be",
     "ppo_procgen --no-such-flag 1": "--no-such-flag",
-    "ppo_procgen --track": "--track",
+    "ppo_procgen --resume auto": "speed.py: error: --resume",
     "ppo_procgen --env-id starpilot": "speed.py: error: --env-id",
     "ppo_procgen --cleanrl missing.whl": "--cleanrl cannot use missing.whl: FileNotFoundError",
     "ppo_procgen --cleanrl text.whl": "--cleanrl cannot use text.whl: BadZipFile",
