@@ -288,7 +288,7 @@ def test_a_gpu_is_asked_for_bf16(two, emulated, monkeypatch):
         return including_emulation or not emulated
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    obs = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    obs = SimpleNamespace(is_cuda=True)
     assert two.bf16_is_faster(None, obs) == (not emulated)
 
 

@@ -89,7 +89,7 @@ BAD = {
     "a checkpoint that runs code": lambda good: edited(good, torch_rng=Evil()),
     "a tensor": lambda good: saved(torch.zeros(3)),
     "no settings": lambda good: edited(good, args=None),
-    "agent.pt": lambda good: edited(good, runners=None, agents=None, optimizer=None, agent={}),
+    "agent.pt": lambda good: edited(good, runners=None, torch_rng=None, agents=None, agent={}),
 }
 
 
