@@ -16,12 +16,13 @@ import mdpo_procgen
 import ppo_procgen
 
 SMALL = {"device": "cpu", "channels": (4, 4, 4), "num_envs": 4, "num_steps": 8, "num_minibatches": 2}
-# Each is one word for python after -c.
+# One word after -c, or a file of the repository.
 FAKES = {
     "good": (60, "-c print(2**20)"),
     "bad": (60, "-c 1/0"),
     "hanging": (1, "-c __import__('time').sleep(100)"),
     "of-cuda": (60, "-c print('cuda')"),
+    "script": (60, "benchmark/helpers.py"),
     "last": (60, "-c print(2**21,__import__('os').environ['TQDM_DISABLE'])"),
 }
 
@@ -59,11 +60,12 @@ def run_fakes(capfd, **settings) -> tuple[list[str], str]:
 def test_each_part_runs_whatever_the_others_do(fakes, capfd):
     failed, out = run_fakes(capfd)
     assert failed == ["bad", "hanging", "of-cuda"]
-    good, bad, hanging, of_cuda, last = re.split(r"\n## .*\n", out)[1:]
+    good, bad, hanging, of_cuda, script, last = re.split(r"\n## .*\n", out)[1:]
     assert good == "1048576\ntook\n"
     assert "ZeroDivisionError" in bad and bad.endswith("FAILED: status 1\ntook\n")
     assert hanging == "FAILED: stopped after 1 s\ntook\n"
     assert of_cuda == "FAILED: there is no GPU\ntook\n"
+    assert script == "took\n"
     assert last == "2097152 1\ntook\n\nfailed: bad, hanging, of-cuda\n"
     assert "\n## good: python -c print(2**20)\n" in out
 
