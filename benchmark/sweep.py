@@ -145,9 +145,7 @@ def check_settings(folder: Path, made_with: dict, settings):
     defaults = {field.name: field.default for field in fields(settings)}
     before = as_json(defaults) | made_with
     for name, value in as_json(asdict(settings)).items():
-        # The channels of a pretrained encoder are those in its file.
-        of_file = name == "channels" and settings.pretrained_encoder
-        if before[name] != value and name not in MAY_DIFFER and not of_file:
+        if before[name] != value and name not in MAY_DIFFER:
             flag = "--" + name.replace("_", "-")
             way_out = "take --variants NAME=FLAGS or another --output"
             fail(f"{folder} was made with {flag} {before[name]}, not {value}: {way_out}")

@@ -207,7 +207,10 @@ def measure_updates(script, world: World, num_train: int, measured: list[int]) -
         gammas = GAMMAS if iteration == measured[-1] else ()
         row = measure(world, num_train, before, after, gammas)
         row["iteration"] = iteration
-        row["losses"] = {name: float(values.mean()) for name, values in metrics.items()}
+        row["losses"] = {}
+        for name in metrics[0]:
+            of_agents = [float(means[name]) for means in metrics]
+            row["losses"][name] = sum(of_agents) / len(of_agents)
         rows.append(row)
         return metrics
 
