@@ -2,6 +2,7 @@
 
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -58,7 +59,9 @@ def run_fakes(capfd, **settings) -> tuple[list[str], str]:
 
 
 def test_each_part_runs_whatever_the_others_do(fakes, capfd):
+    start = time.time()
     failed, out = run_fakes(capfd)
+    assert time.time() < start + 90  # what hangs was ended
     assert failed == ["bad", "hanging", "of-cuda"]
     good, bad, hanging, of_cuda, script, last = re.split(r"\n## .*\n", out)[1:]
     assert good == "1048576\ntook\n"
