@@ -101,7 +101,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too
 
     def __post_init__(self):
-        self.encoder = {}
+        self.encoder = {}  # weights to begin with, by name
         if self.pretrained_encoder and self.resume in ("", "auto"):
             pretrained = read_torch(self.pretrained_encoder, "--pretrained-encoder", "agent")
             for name, weight in pretrained["agent"].items():
@@ -296,7 +296,7 @@ def act(agent, obs):
 def rollout(policies, runners, args):
     """Plays num_steps steps, policies[i] in the environments of runners[i], and fills their data, but for
     advantages and returns. policies[i](obs) is as `act`. While a group steps the network acts for another."""
-    for step in range(args.num_steps + 1):
+    for step in range(args.num_steps + 1):  # the last row only gives the values to bootstrap from
         for policy, runner in zip(policies, runners):
             for envs, columns in runner.groups:
                 data = runner.data
@@ -344,8 +344,8 @@ def update(loss_function, agents, optimizer, batches, args):
 
 
 def evaluate(policies, args, num, levels, seed, device, stop):
-    """Raw returns of each agent in one whole episode of each of num new environments: short ones do not win.
-    (num_agents, num). `levels` is their number, 0 for all, and the first. Exits at a signal in `stop`."""
+    """Raw returns of each agent in one whole episode in each of num new environments, (num_agents, num): so
+    short episodes do not count more. `levels`: number, 0 for all, and first. Exits at a signal in `stop`."""
     returns = np.zeros((len(policies), num))
     cuda_devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda_devices):
@@ -371,7 +371,7 @@ class Runner:
         self.args = args
         num_groups = 2 if num_agents == 1 else 1  # while one steps, a single agent acts for the other
         generator = np.random.default_rng([args.seed, index])
-        seeds = generator.integers(2**31, size=2 + num_groups)  # the first two are spare
+        seeds = generator.integers(2**31, size=2 + num_groups)  # two are unused: runs stay as they were
         self.groups = []  # environments that step together, and their columns of the data
         env_groups = torch.arange(args.num_envs).chunk(num_groups)
         for seed, env_inds in zip(seeds[2:].tolist(), env_groups):
@@ -382,11 +382,11 @@ class Runner:
         shape = (args.num_steps + 1, args.num_envs)
         obs = torch.zeros(*shape, *self.obs_shape, dtype=torch.uint8, device=device)
         actions = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.data = Batch(obs, actions, *torch.zeros(4, *shape, device=device))
+        self.data = Batch(obs, actions, *torch.zeros(4, *shape, device=device))  # logprobs to returns
         self.batch = Batch(*(column.flatten(0, 1) for column in self.data))  # the same memory
         self.rewards = np.zeros(shape)  # raw; row t came with obs[t]
         self.dones = np.zeros(shape, bool)  # obs[t] begins an episode
-        self.episodes = np.zeros((3, args.num_envs))  # under way: raw return, length, discounted return
+        self.episodes = np.zeros((3, args.num_envs))  # under way: raw return, length and discounted return
         self.statistics = RunningMeanStd(shape=())  # of the discounted return
         self.train_return = math.nan  # mean raw return of the last training episodes
         self.scalars = {}  # points of the curves, of the last iteration
@@ -472,7 +472,7 @@ def set_up(args, device):
         agent.bf16 = args.bf16
         agent.encoder.requires_grad_(not args.freeze_encoder)
         weights += agent.parameters()
-    lr = torch.tensor(args.learning_rate).item()  # in float32
+    lr = torch.tensor(args.learning_rate).item()  # in float32: runs stay what they were, to the bit
     return agents, torch.optim.Adam(weights, lr=lr, eps=1e-5, fused=True), runners
 
 
@@ -612,14 +612,14 @@ def parse_args() -> Args:
             if getattr(args, name, None) != before:
                 fail(f"--{name.replace('_', '-')} must stay {before!r}, as in {path}: leave it out")
         if args.total_timesteps < checkpoint["global_step"]:
-            fail(f"--total-timesteps must be at least {checkpoint['global_step']}, where {path} is")
+            fail(f"--total-timesteps must be at least {checkpoint['global_step']}, the steps of {path}")
     return args
 
 
 def handle_signal(stop, signal_number, frame):
     stop.append(signal_number)
     signal.signal(signal_number, signal.SIG_DFL)  # a second one kills the process
-    os.write(2, b"\nstopping after this iteration; once more stops at once\n")
+    os.write(2, b"\nstopping after this iteration or in this test; once more kills\n")
 
 
 def main(args: Args, stop=()):
@@ -672,7 +672,7 @@ def main(args: Args, stop=()):
         save_time = start_time
         for iteration in range(first_iteration, last_iteration + 1):
             global_step = iteration * args.batch_size
-            if global_step > first_step:
+            if global_step > first_step:  # else there is a checkpoint to make, or a test and curves
                 rollout(policies, runners, args)
                 for runner in runners:
                     runner.finish_rollout()
