@@ -233,6 +233,7 @@ def test_aggregate_is_drawn():
 
 def test_files_and_table(folder, tmp_path, monkeypatch, capsys):
     """bigfish scores (R - 0) / 40 and starpilot (R - 1.5) / 33.5, of returns 10 and 20, and 20 and 20."""
+    plt.close("all")  # of other tests
     words = ["--algorithms", PPO, MDPO, "--labels", "PPO", "ou$r$", "--bootstrap", 50]
     run_tool("figures", monkeypatch, folder, *words, "--output", tmp_path / "new/f")
     names = {"training_return", "test_return", "generalization_gap", "aggregate"}
