@@ -52,6 +52,8 @@ def play(envs, num_steps: int):
 def test_a_run_sees_its_own_backgrounds_and_its_tests_the_others(seed, own):
     *_, met = play(make_envs(3, seed), 150)
     assert set(met.flat) == own
+    *_, met = play(make_envs(3, seed, num=200), 1)
+    assert min((met == each).mean() for each in own) > 0.2  # a third of the levels each, but for chance
     *_, met = play(make_envs(3, seed, num_levels=0, num=40), 60)
     assert set(met.flat) == set(range(9)) - own
 
