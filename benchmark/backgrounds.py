@@ -45,7 +45,6 @@ class FewBackgrounds:
         self.envs = envs
         self.game = game
         self.chosen = chosen
-        self.redraw()
 
     def observe(self):
         reward, obs, first = self.envs.observe()

@@ -37,7 +37,7 @@ CALLS = 100  # of a policy, in the part acting
 # The most seconds of each, and its words for python. Those that need a GPU have the word cuda.
 PARTS = {
     "machine": (60, f"{HERE} machine"),
-    "numbers": (120, f"{HERE} numbers --num-steps 64 --num-minibatches 2 --device cuda"),
+    "numbers": (180, f"{HERE} numbers --num-steps 64 --num-minibatches 2 --device cuda"),
     "ppo": (150, f"{SPEED} ppo_procgen --games bigfish starpilot bossfight --iterations 3 --device cuda"),
     "mdpo": (120, f"{SPEED} mdpo_procgen --iterations 3 --device cuda"),
     "no-compile": (90, f"{SPEED} ppo_procgen --iterations 2 --no-test --no-compile --device cuda"),
@@ -105,7 +105,7 @@ def run_parts(args: Args) -> list[str]:
 # The parts of this file. words: flags of the training script.
 
 
-def set_up(name: str, words: list[str]):
+def prepare(name: str, words: list[str]):
     """A script and its Args of a command line, ready for its set_up."""
     script = copy_script(name)
     args = tyro.cli(script.Args, prog=f"{name}.py", args=words)
@@ -123,16 +123,18 @@ def machine(words: list[str]):
     print(f"{platform.platform()}, python {platform.python_version()}, {os.cpu_count()} cores", flush=True)
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     with contextlib.suppress(FileNotFoundError):
-        subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv"])
+        subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv"]
+        )
     for game in ("bigfish", "starpilot", "bossfight"):
-        _, args, _ = set_up("ppo_procgen", ["--env-id", game, *words])
+        _, args, _ = prepare("ppo_procgen", ["--env-id", game, *words])
         print(f"{game}: {step_environments(args):,.0f} steps a second of the environments alone", flush=True)
 
 
 def numbers(words: list[str]):
     """How alike the ways are that MDPO's weights go in one update of the same data: the cosine of the angle
     to the way of plain float32, and their lengths to its length."""
-    script, args, device = set_up("mdpo_procgen", words)
+    script, args, device = prepare("mdpo_procgen", words)
     first = None
     # Plain float32 twice: how much the order of additions does.
     for switches in ("", "", "bf16", "compile", "bf16 compile"):
@@ -167,7 +169,7 @@ def weights_of(agents) -> torch.Tensor:
 
 def acting(words: list[str]):
     """Milliseconds of one call of PPO's policy: until it returns, and until the device is done."""
-    script, args, device = set_up("ppo_procgen", words)
+    script, args, device = prepare("ppo_procgen", words)
     agents, _, runners = script.set_up(args, device)
     for args.compile in (False, True):
         (policy,), _ = script.speed_up(args, agents, runners, device)
@@ -187,7 +189,7 @@ def acting(words: list[str]):
 
 def kernels(words: list[str]):
     """What takes longest on the device in an update of MDPO."""
-    script, args, device = set_up("mdpo_procgen", words)
+    script, args, device = prepare("mdpo_procgen", words)
     agents, optimizer, runners = script.set_up(args, device)
     _, loss_function = script.speed_up(args, agents, runners, device)
     batches = [runner.batch for runner in runners]

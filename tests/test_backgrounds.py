@@ -1,6 +1,7 @@
 """benchmark/backgrounds.py: a game on some of its backgrounds, and else the same."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,10 +9,22 @@ import sys
 import numpy as np
 import pytest
 import torch
-from common import ROOT, TINY, error_message, flags, get_handlers, load_agent, run_folder, same, set_handlers
+from common import (
+    ROOT,
+    TINY,
+    error_message,
+    flags,
+    get_handlers,
+    load_agent,
+    run_folder,
+    same,
+    set_handlers,
+    step_of,
+)
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import backgrounds
+from helpers import copy_script
 
 import ppo_procgen
 from robustness_eval import Game, find_fields, read_int
@@ -52,6 +65,8 @@ def play(envs, num_steps: int):
 def test_a_run_sees_its_own_backgrounds_and_its_tests_the_others(seed, own):
     *_, met = play(make_envs(3, seed), 150)
     assert set(met.flat) == own
+    *_, met = play(make_envs(3, seed, num=200), 1)
+    assert min((met == each).mean() for each in own) > 0.2  # a third of the levels each, but for chance
     *_, met = play(make_envs(3, seed, num_levels=0, num=40), 60)
     assert set(met.flat) == set(range(9)) - own
 
@@ -111,13 +126,27 @@ def run(folder, monkeypatch, number: int, *words, **settings):
     try:
         words = [*flags(**SETTINGS | settings), *words]
         backgrounds.main(backgrounds.Args("mdpo_procgen", number), words)
-        assert signal.getsignal(signal.SIGTERM) != handlers[signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) != handlers[signal.SIGINT]
     finally:
         set_handlers(handlers)
     return run_folder(folder)
 
 
 SETTINGS = TINY | {"num_envs": 2, "eval_interval": 1, "final_eval_episodes": 2, "total_timesteps": 64}
+
+
+def copy_with_a_signal(name: str):
+    """A script that is told to stop in its first iteration."""
+    script = copy_script(name)
+    rollout = script.rollout
+
+    def rollout_with_a_signal(*inputs):
+        script.rollout = rollout
+        rollout(*inputs)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    script.rollout = rollout_with_a_signal
+    return script
 
 
 def test_a_run_its_resumption_and_its_test(tmp_path, monkeypatch):
@@ -131,9 +160,11 @@ def test_a_run_its_resumption_and_its_test(tmp_path, monkeypatch):
         assert agent == {"own": test["training_levels"], "other": test["full_distribution"]}
         assert agent["own"]["episodes"] == 2
 
-    stopped = run(tmp_path / "stopped", monkeypatch, 2, total_timesteps=32)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(backgrounds, "copy_script", copy_with_a_signal)
+        run(tmp_path / "stopped", monkeypatch, 2)
+    assert step_of(run_folder(tmp_path / "stopped")) == 32
     again = run(tmp_path / "stopped", monkeypatch, 2, "--resume", "auto")
-    assert again == run_folder(tmp_path / "stopped") and stopped == again
     agents = [load_agent(each / "agent_2" / "agent.pt") for each in (straight, again)]
     assert same(agents[0]["agent"], agents[1]["agent"])
     assert json.loads((again / "backgrounds.json").read_text()) == measured
