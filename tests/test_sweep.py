@@ -185,6 +185,25 @@ def test_bad_input(words, expected, tmp_path, capsys, monkeypatch):
     assert [word for word in expected if word not in message] == [] and not list(tmp_path.iterdir())
 
 
+def test_gpus_of_a_run(tmp_path, monkeypatch, capsys):
+    """One, or as much as a machine has, unless told otherwise. What no machine has is said at once."""
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4, "GPU": 2}},
+        {"Alive": True, "Resources": {"CPU": 6}},
+        {"Alive": False, "Resources": {"CPU": 99, "GPU": 9}},
+    ]
+    monkeypatch.setattr("ray.init", lambda **options: None)
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    for cpus, gpus, expected in ((6, None, 1), (1, 0.5, 0.5), (1, 2, 2), (1, 0, 0)):
+        assert sweep.start_ray(sweep.Args(cpus=cpus, gpus=gpus)) == expected
+    for cpus, gpus in ((7, None), (1, 3)):
+        with pytest.raises(SystemExit):
+            sweep.start_ray(sweep.Args(cpus=cpus, gpus=gpus))
+        assert "than any machine has: at most 6 cores and 2 GPUs" in capsys.readouterr().err
+    del nodes[0]
+    assert sweep.start_ray(sweep.Args(cpus=1)) == 0
+
+
 @pytest.fixture
 def start_sweep(tmp_path):
     """Starts sweeps of PPO and MDPO from the shell, each in a session of its own as in a terminal. None
