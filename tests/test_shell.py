@@ -322,7 +322,7 @@ def test_loss_curves_are_means_over_the_iteration(known):
 # Signals.
 
 ENDLESS = SETTINGS | {"total_timesteps": 10_000_000, "eval_interval": 0, "checkpoint_interval": 10**9}
-SAYS_SO = "stopping after this iteration; once more stops at once"
+SAYS_SO = "stopping after this iteration or in this test; once more kills"
 
 
 def wait_for_checkpoint(folder):
