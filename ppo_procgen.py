@@ -111,7 +111,7 @@ class Args:
             if self.channels not in (None, channels):
                 raise ValueError(f"--channels must be {channels}, as in {self.pretrained_encoder}")
             self.channels = channels
-        self.channels = self.channels or (16, 32, 32)
+        self.channels = tuple(self.channels or (16, 32, 32))
         for name, hint in get_type_hints(Args, include_extras=True).items():
             value = getattr(self, name)
             limits = getattr(hint, "__metadata__", [None])[-1]
@@ -627,7 +627,7 @@ def main(args: Args, stop=()):
     there is a signal in `stop`: after the iteration under way, in a test at once."""
     device = torch.device(args.device)
     try:
-        torch.ones(1, device=device).sin().item()
+        torch.ones(1, device=device).item()
     except Exception as error:  # no GPU, an old one, an old driver
         remedy = "`uv pip install --torch-backend=auto torch` or --device cpu may do"
         fail(f"--device: this PyTorch cannot use a GPU here ({error!r:.300}); {remedy}")

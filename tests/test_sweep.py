@@ -298,11 +298,12 @@ def test_killed_stopped_and_started_again(start_sweep, tmp_path):
 @pytest.mark.slow
 def test_runs_that_fail_are_named(start_sweep, tmp_path):
     """With the last of their words. So is, at once, that there are fewer cores than a run needs."""
-    script_flags = [*SHORT, "--pretrained-encoder", "nowhere.pt"]
+    of_small_pictures = Agent(channels=(4, 4, 4), obs_shape=(32, 32, 3))
+    script_flags = [*SHORT, "--pretrained-encoder", str(save_agent(tmp_path / "small.pt", of_small_pictures))]
     each = start_sweep(script_flags, "--retries", "0")
     printed, _ = each.communicate(timeout=120)
     assert each.returncode == 1 and "0 of 2 finished" in printed
-    assert f"{PPO}: exit status 2: " in printed and "nowhere.pt" in printed
+    assert f"{PPO}: exit status 2: " in printed and "small.pt" in printed
     each = start_sweep(SHORT, "--cpus", "999")
     _, errors = each.communicate(timeout=60)
     assert each.returncode == 2 and errors.count("\n") == 1 and "--cpus 999" in errors
