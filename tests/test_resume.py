@@ -390,7 +390,7 @@ def test_less_than_what_is_done_is_an_error(straight, tmp_path, capsys):
     words = ["--resume", straight.run_dir, "--total-timesteps", done - 1]
     before = snapshot(straight.run_dir)
     line = error_line(straight.script, tmp_path, capsys, *words)
-    assert line.startswith(f"--total-timesteps must be at least {done}, where")
+    assert line.startswith(f"--total-timesteps must be at least {done}, the steps of")
     assert snapshot(straight.run_dir) == before
 
 
