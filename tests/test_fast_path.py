@@ -1,7 +1,7 @@
 """What makes the scripts fast changes no result: lower precision, compilation, graphs.
 
 The fast path of a GPU runs on the CPU here, without its kernels. What only a GPU can show is in the tests at
-the end, which skip without one and which benchmark/gpu_check.sh runs.
+the end, which skip without one and which benchmark/gpu_check.py runs.
 """
 
 import importlib
