@@ -269,15 +269,14 @@ def draw_kernels(rng, num: int):
 
 
 def random_conv(obs, kernels):
-    """Each of obs, uint8 (B, 64, 64, 3), under its own convolution, (B, 3, 3, 3, 3), of the image in [0, 1],
-    clamped to [0, 1] (section 5.3). Returns float32 (B, 64, 64, 3) in [0, 255]."""
-    num = len(obs)
+    """Each of obs, uint8 (B, height, width, 3), under its own convolution, (B, 3, 3, 3, 3), of the image in
+    [0, 1], clamped to [0, 1] (section 5.3). Returns float32 (B, height, width, 3) in [0, 255]."""
     images = obs.permute(0, 3, 1, 2) / 255
     # One grouped convolution: each image is a group of three channels.
-    images = images.reshape(1, num * 3, 64, 64)
+    groups = images.flatten(0, 1)[None]
     weight = kernels.flatten(0, 1)
-    images = nn.functional.conv2d(images, weight, padding=1, groups=num)
-    images = images.view(num, 3, 64, 64).clamp(0, 1)
+    groups = nn.functional.conv2d(groups, weight, padding=1, groups=len(obs))
+    images = groups.view(images.shape).clamp(0, 1)
     return 255 * images.permute(0, 2, 3, 1)
 
 
@@ -525,6 +524,27 @@ def divergences(clean_logits, logits) -> list[torch.Tensor]:
     tv = (clean_probs - probs).abs().sum(-1) / 2
     changes = logits.argmax(-1) != clean_logits.argmax()
     return [entropy.expand(len(logits)), kl, tv, changes.double()]
+
+
+def linear_cka(x, y) -> float:
+    """How alike two encodings of the same N observations are, (N, D) and (N, E), float64: 1 if one is the
+    other rotated and scaled, near 0 if they have nothing in common (Kornblith et al. 2019). NaN if one is
+    constant."""
+    x = x - x.mean(0)
+    y = y - y.mean(0)
+    return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+
+
+def neighbour_agreement(x, y, k: int = 10) -> float:
+    """The share of the k nearest neighbours, by cosine, that an observation has in both of two encodings,
+    (N, D) and (N, E), float64, on average (Huh et al. 2024). By chance it is k / (N - 1)."""
+    near = []
+    for encodings in (x, y):
+        directions = nn.functional.normalize(encodings)
+        similarity = (directions @ directions.T).fill_diagonal_(-math.inf)
+        nearest = similarity.topk(k).indices
+        near.append(torch.zeros_like(similarity).scatter_(1, nearest, 1.0))
+    return ((near[0] * near[1]).sum() / near[0].sum()).item()
 
 
 def compare(name: str, copies: int, setup: Setup, agents: list[Agent], states: States):

@@ -9,6 +9,7 @@ resampled. Where there are too few seeds for an interval, its limits are nan.
     python benchmark/tables.py runs --algorithms ppo_procgen mdpo_procgen
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,63 +25,110 @@ from scipy.stats import rankdata, ttest_1samp, ttest_ind
 MEASURES = {"train": "training levels", "test": "full distribution", "gap": "gap"}
 DISTANCES = {  # columns of robustness_eval.py's results.csv, of which older files lack the last
     "kl_mean": "KL",
+    "kl_per_entropy": "KL / missing entropy",
     "tv_mean": "total variation",
     "encoding_shift_mean": "encoding shift",
 }
+RATIOS = ("kl_mean", "kl_per_entropy")  # which are skewed
+NUM_ACTIONS = 15  # Procgen's
 RESAMPLES = 2000  # of the bootstrap
-FEWEST = 5  # trainings from which the bootstrap says something
+FEWEST_OF_A_MEAN = 3  # trainings that have an interval
+FEWEST_OF_A_CORRELATION = 5
+NOTE = """In parentheses 95 % intervals over seeds: Student's for means, Welch's for differences and for the
+logarithms of ratios, by bootstrap for correlations; none where there are too few seeds. A star is a
+difference that is significant at 5 % after Holm's correction over its algorithm's rows of the column.
+"""
 
 
 class Interval(NamedTuple):
-    """A number and its 95 % interval over trainings."""
+    """A number, its 95 % interval over trainings, and how likely one so far from 0 is by chance. NaN for what
+    there are too few trainings to say."""
 
     middle: float
-    low: float
-    high: float
+    low: float = np.nan
+    high: float = np.nan
+    p: float = np.nan
 
     def __str__(self) -> str:
+        if np.isnan(self.low):
+            return f"{self.middle:.3f}"
         return f"{self.middle:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 def mean_interval(values: np.ndarray) -> Interval:
-    """Student's, of the values of trainings, (number of trainings,). NaN for the limits of one value."""
+    """Student's, of the values of trainings, (number of trainings,)."""
+    if len(values) < FEWEST_OF_A_MEAN:
+        return Interval(values.mean())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of one value, or of values that are all the same
-        low, high = ttest_1samp(values, 0).confidence_interval(0.95)
-    return Interval(values.mean(), low, high)
+        warnings.simplefilter("ignore")  # of values that are all the same
+        test = ttest_1samp(values, 0)
+        low, high = test.confidence_interval(0.95)
+    return Interval(values.mean(), low, high, test.pvalue)
 
 
 def difference_interval(values: np.ndarray, of_baseline: np.ndarray) -> Interval:
     """Of the difference of the means of two methods, Welch's: their seeds have nothing in common. Both are
-    (number of trainings,), which may differ. NaN for the limits if either is one value."""
+    (number of trainings,), which may differ."""
+    middle = values.mean() - of_baseline.mean()
+    if min(len(values), len(of_baseline)) < FEWEST_OF_A_MEAN:
+        return Interval(middle)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        low, high = ttest_ind(values, of_baseline, equal_var=False).confidence_interval(0.95)
-    return Interval(values.mean() - of_baseline.mean(), low, high)
+        test = ttest_ind(values, of_baseline, equal_var=False)
+        low, high = test.confidence_interval(0.95)
+    return Interval(middle, low, high, test.pvalue)
 
 
-def rank_correlation(trainings: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Spearman's, of two measures of the agents of each training, both (number of agents,). NaN if either has
-    one value only."""
-    measures = np.concatenate(trainings, axis=1)
-    if np.ptp(measures, axis=1).min() == 0:
-        return np.nan
+def ratio_interval(values: np.ndarray, of_baseline: np.ndarray) -> Interval:
+    """Of the ratio of geometric means, for what is skewed: difference_interval of logarithms. NaN if a value
+    is not positive."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        *interval, p = difference_interval(np.log(values), np.log(of_baseline))
+    return Interval(*np.exp(interval), p)
+
+
+def star_holm(intervals: list[Interval]) -> list[str]:
+    """A star for those that differ from 0, as a ratio from 1, at 5 % after Holm's correction over all of them
+    (Holm 1979)."""
+    p_values = [interval.p for interval in intervals if not np.isnan(interval.p)]
+    significant = 0  # how many of the smallest
+    for rank, p in enumerate(sorted(p_values)):
+        if p * (len(p_values) - rank) > 0.05:
+            break
+        significant = rank + 1
+    starred = sorted(p_values)[:significant]
+    return [f"{interval} *" if interval.p in starred else str(interval) for interval in intervals]
+
+
+def rank_correlation(measures: np.ndarray, groups: np.ndarray) -> float:
+    """Spearman's, of two measures of agents, (2, number of agents). The ranks are centred on each of the
+    groups, (number of agents,), so that agents are compared within groups. NaN if a measure has one value
+    only."""
     ranks = rankdata(measures, axis=1)
+    for group in set(groups):
+        members = groups == group
+        ranks[:, members] -= ranks[:, members].mean(axis=1, keepdims=True)
+    if np.ptp(ranks, axis=1).min() == 0:
+        return np.nan
     return np.corrcoef(ranks)[0, 1]
 
 
-def correlation_interval(trainings: list[tuple[np.ndarray, np.ndarray]]) -> Interval:
-    """Of rank_correlation, by the bootstrap: trainings are resampled, with all their agents, which are not
-    independent. NaN for the limits of fewer than FEWEST trainings, and where there is no correlation. Samples
-    that have none are left out."""
-    middle = rank_correlation(trainings)
-    if len(trainings) < FEWEST or np.isnan(middle):
-        return Interval(middle, np.nan, np.nan)
+def correlation_interval(agents: pd.DataFrame, names: tuple[str, str], training, group=()) -> Interval:
+    """Of rank_correlation of two columns, by the bootstrap: trainings, which the columns `training` tell
+    apart, are resampled with all their agents, which are not independent. The columns `group` are the groups.
+    Samples without a correlation are left out."""
+    measures = agents[list(names)].to_numpy().T
+    groups = agents.groupby(list(group)).ngroup().to_numpy() if group else np.zeros(len(agents))
+    middle = rank_correlation(measures, groups)
+    members = list(agents.groupby(training).indices.values())
+    if len(members) < FEWEST_OF_A_CORRELATION or np.isnan(middle):
+        return Interval(middle)
     rng = np.random.default_rng(0)
     samples = []
     for _ in range(RESAMPLES):
-        rows = rng.integers(len(trainings), size=len(trainings))
-        samples.append(rank_correlation([trainings[row] for row in rows]))
+        chosen = rng.integers(len(members), size=len(members))
+        rows = np.concatenate([members[each] for each in chosen])
+        samples.append(rank_correlation(measures[:, rows], groups[rows]))
     low, high = np.nanpercentile(samples, [2.5, 97.5])
     return Interval(middle, low, high)
 
@@ -120,12 +168,16 @@ def find_agents(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_robustness(path: Path) -> pd.DataFrame:
-    """A row for each perturbation of each agent: perturbation, run and the DISTANCES that the file has."""
+    """A row for each perturbation of each agent: perturbation, run and the DISTANCES that the file has. An
+    agent that plays nearly at random is robust whatever it sees, so one of them is KL over what its entropy
+    lacks of the largest."""
     try:
         table = pd.read_csv(path)
         table = table[table.checkpoint != "all"]  # which is a mean over agents
+        missing = math.log(NUM_ACTIONS) - table.entropy_mean.astype(float)
+        table = table.assign(kl_per_entropy=table.kl_mean.astype(float) / missing)
         distances = [name for name in DISTANCES if name in table]
-        columns = ["perturbation", "checkpoint", "kl_mean", *distances[1:]]
+        columns = ["perturbation", "checkpoint", *distances]
         table = table[columns].astype(dict.fromkeys(distances, float))
     except (OSError, ValueError, LookupError, AttributeError) as error:
         reason = str(error).splitlines()[0]
@@ -145,92 +197,82 @@ def run_of(checkpoint: Path) -> str:
     return folder.name
 
 
-def seed_values(agents: pd.DataFrame, algorithm: str, name: str) -> np.ndarray:
+def in_order(agents: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
+    """By game, and then as the labels are."""
+    place = agents.algorithm.map(list(labels).index)
+    return agents.assign(place=place).sort_values(["game", "place", "seed"], kind="stable", ignore_index=True)
+
+
+def seed_values(agents: pd.DataFrame, name: str) -> np.ndarray:
     """One column of an algorithm's agents, (number of seeds,): the mean over agents that learned together."""
-    rows = agents[agents.algorithm == algorithm]
-    return rows.groupby("seed")[name].mean().to_numpy()
+    return agents.groupby("seed")[name].mean().to_numpy()
 
 
-class Row(NamedTuple):
-    """Of an algorithm."""
-
-    label: str
-    seeds: str
-    means: list[str]
-    differences: list[
-        str
-    ]  # from the first of the labels; empty strings in its own row, or if it is not there
-
-
-def make_rows(agents: pd.DataFrame, labels: dict[str, str], names: list[str]) -> list[Row]:
-    """Intervals of the named columns, for each algorithm that has agents."""
-    first = next(iter(labels))
-    tested = set(agents.algorithm)
-    rows = []
-    for algorithm, label in labels.items():
-        if algorithm not in tested:
-            continue
-        means = []
-        differences = []
-        for name in names:
-            values = seed_values(agents, algorithm, name)
-            means.append(str(mean_interval(values)))
-            difference = ""
-            if algorithm != first and first in tested:
-                baseline = seed_values(agents, first, name)
-                difference = str(difference_interval(values, baseline))
-            differences.append(difference)
-        rows.append(Row(label, str(len(values)), means, differences))
-    return rows
+def mean_table(agents: pd.DataFrame, labels: dict[str, str], titles: dict[str, str], *keys: str) -> str:
+    """The columns of titles of each algorithm, for each value of the columns `keys`."""
+    rows = [[*keys, "algorithm", "seeds", *titles.values()]]
+    for key, group in agents.groupby([*keys, "algorithm"], sort=False):
+        *values, algorithm = key
+        intervals = [str(mean_interval(seed_values(group, name))) for name in titles]
+        rows.append([*values, labels[algorithm], str(group.seed.nunique()), *intervals])
+    return markdown(rows)
 
 
-def return_tables(agents: pd.DataFrame, labels: dict[str, str]) -> str:
-    """Of one game: returns and gap, and how far they are from those of the first of the labels."""
-    returns = [["algorithm", "seeds", *MEASURES.values()]]
-    differences = [["algorithm", *MEASURES.values()]]
-    first, baseline = next(iter(labels.items()))
-    for row in make_rows(agents, labels, list(MEASURES)):
-        returns.append([row.label, row.seeds, *row.means])
-        if row.label != baseline:
-            differences.append([row.label, *row.differences])
-    comparison = markdown(differences)
-    if first not in set(agents.algorithm):
-        comparison = f"{baseline} has no final test here.\n"
-    elif len(differences) == 1:
-        comparison = "Nothing to compare.\n"
-    return f"{markdown(returns)}\nDifference from {baseline}:\n\n{comparison}"
+def comparison_table(agents: pd.DataFrame, labels: dict[str, str], titles: dict[str, str], *keys: str) -> str:
+    """How far each algorithm is from the first of the labels in the columns of titles, for each value of the
+    columns `keys`, over which Holm corrects."""
+    first, *others = labels
+    of = labels[first]
+    heads = [f"{title} / {of}'s" if name in RATIOS else f"{title} - {of}'s" for name, title in titles.items()]
+    rows = [["algorithm", *keys, *heads]]
+    for algorithm in others:
+        found = []
+        columns = {name: [] for name in titles}
+        for key, group in agents.groupby(list(keys), sort=False):
+            ours = group[group.algorithm == algorithm]
+            theirs = group[group.algorithm == first]
+            if ours.empty or theirs.empty:
+                continue
+            found.append([labels[algorithm], *key])
+            for name in titles:
+                interval = ratio_interval if name in RATIOS else difference_interval
+                columns[name].append(interval(seed_values(ours, name), seed_values(theirs, name)))
+        starred = zip(*(star_holm(column) for column in columns.values()))
+        rows += [[*head, *cells] for head, cells in zip(found, starred)]
+    if len(rows) == 1:
+        return f"Nothing to compare with {of}.\n"
+    return markdown(rows)
+
+
+def correlation_table(agents: pd.DataFrame, titles: dict[str, str]) -> str:
+    """Over all agents the rank correlation of each distance with each of the MEASURES, and with the gap among
+    agents of one algorithm."""
+    rows = [["perturbation", "change", "agents", "seeds", *MEASURES.values(), "gap, within algorithms"]]
+    training = ["algorithm", "seed"]
+    for perturbation, group in agents.groupby("perturbation", sort=False):
+        counts = [str(len(group)), str(group.groupby(training).ngroups)]
+        for name, title in titles.items():
+            intervals = [correlation_interval(group, (name, measure), training) for measure in MEASURES]
+            intervals.append(correlation_interval(group, (name, "gap"), training, ["algorithm"]))
+            rows.append([perturbation, title, *counts, *map(str, intervals)])
+    return markdown(rows)
 
 
 def robustness_tables(agents: pd.DataFrame, robustness: pd.DataFrame, labels: dict[str, str]) -> str:
-    """Of one game: how much each algorithm's policy changes, how far that is from the first of the labels,
-    and over all agents the rank correlation of each distance with each of the MEASURES. Prints which agents
-    are not in the table of robustness."""
+    """How much the policies change, and whether that goes with the gap. Prints which agents are not in the
+    table of robustness."""
     joined = agents.merge(robustness, on="run")
-    if joined.empty:
-        return "No agent of --robustness has a final test here.\n"
     for run in sorted(set(agents.run) - set(joined.run)):
         print(f"left out of what follows on robustness: {run}, which is not in --robustness")
-    first, baseline = next(iter(labels.items()))
-    names = [name for name in DISTANCES if name in robustness]
-    titles = [DISTANCES[name] for name in names]
-    differences = [f"{title} - {baseline}'s" for title in titles]
-    changes = [["perturbation", "algorithm", "seeds", *titles, *differences]]
-    correlations = [["perturbation", "change", "agents", "seeds", *MEASURES.values()]]
-    for perturbation, group in joined.groupby("perturbation", sort=False):
-        for row in make_rows(group, labels, names):
-            changes.append([perturbation, row.label, row.seeds, *row.means, *row.differences])
-        trainings = [training for _, training in group.groupby(["algorithm", "seed"])]
-        counts = [str(len(group)), str(len(trainings))]
-        for name, title in zip(names, titles):
-            intervals = []
-            for measure in MEASURES:
-                columns = [training[[name, measure]].to_numpy().T for training in trainings]
-                intervals.append(str(correlation_interval(columns)))
-            correlations.append([perturbation, title, *counts, *intervals])
-    text = f"How much policy and encoding change:\n\n{markdown(changes)}\n"
-    if first not in set(joined.algorithm):
-        text += f"{baseline}, to compare with, has no final test here that is in --robustness.\n\n"
-    text += f"Rank correlation of that change with the returns and the gap:\n\n{markdown(correlations)}"
+    if joined.empty:
+        return "No agent of --robustness has a final test here.\n"
+    titles = {name: title for name, title in DISTANCES.items() if name in joined}
+    text = "## How much policy and encoding change\n\n"
+    text += f"{mean_table(joined, labels, titles, 'game', 'perturbation')}\n"
+    text += f"{comparison_table(joined, labels, titles, 'game', 'perturbation')}\n"
+    for game, group in joined.groupby("game"):
+        text += f"## Rank correlation of that change with the returns and the gap: {game}\n\n"
+        text += f"{correlation_table(group, titles)}\n"
     return text
 
 
@@ -243,14 +285,12 @@ def main(args: Args):
         fail("no run has a final test at its end")
     labels = runs.name_algorithms(data if args.algorithms else agents, args)
     runs.print_missing(data)
-    parts = []
-    for game, of_game in agents.groupby("game"):
-        parts.append(f"## {game}\n\n{return_tables(of_game, labels)}")
-        if robustness is not None:
-            parts.append(robustness_tables(of_game, robustness, labels))
-    intervals = "Student's for means, Welch's for differences, by bootstrap for correlations"
-    parts.append(f"In parentheses 95 % intervals over seeds: {intervals}.\n")
-    tables = "\n".join(parts)
+    agents = in_order(agents, labels)
+    tables = f"## Returns\n\n{mean_table(agents, labels, MEASURES, 'game')}\n"
+    tables += f"{comparison_table(agents, labels, MEASURES, 'game')}\n"
+    if robustness is not None:
+        tables += robustness_tables(agents, robustness, labels)
+    tables += NOTE
     with replacing(args.output) as path:
         path.write_text(tables, encoding="utf-8")
     print(tables)

@@ -26,7 +26,7 @@ import tyro
 from helpers import Count, CountOrZero, check_limits, copy_script, fail, replacing
 from joblib import Parallel, delayed
 from renderings import World, evaluate_bounds, optimal_values, pair_distances, policies_of, visitations
-from tables import correlation_interval, difference_interval, markdown, mean_interval
+from tables import Interval, correlation_interval, difference_interval, markdown, mean_interval, star_holm
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -84,13 +84,15 @@ MEASURES = {  # of an agent, and what tables and figures call them
     "robustness": "R",
     "mean_robustness": "mean R",
     "mean_train_robustness": "mean R of training",
+    "entropy": "entropy (nats)",
 }
 ROBUSTNESS = ["robustness", "mean_robustness", "mean_train_robustness"]
 
-BOUNDS = {  # and what each bounds from below
+BOUNDS = {  # and what each bounds
     "theorem_3_2": "new_eta",
     "theorem_3_3": "new_zeta",
     "corollary_3_8": "new_zeta",
+    "theorem_3_7": "d_test",
 }
 
 MethodName = Literal[tuple(METHODS)]
@@ -109,6 +111,8 @@ class Args:
     """environment steps of each agent"""
     processes: CountOrZero = 0
     """trainings at a time, 0 for one a core"""
+    iteration: CountOrZero = 0
+    """update of the tables and figures, 0 for the last"""
     output: Path = Path("theory")
     """folder for the trainings, the tables and the figures"""
 
@@ -136,11 +140,41 @@ def find_jobs(args: Args) -> list[Job]:
 
 
 def train(job: Job, design: dict) -> dict:
-    """Trains by a script's own main. Returns what json can write: the job, the design, the eta of the best
-    policy there is, and a row for each measured update."""
+    """Returns what json can write: the job, the design, the eta of the best policy there is, and a row for
+    each measured update."""
+    world = World(design["grid_size"], design["gamma"], design["num_renderings"])
+    num_updates = design["total_timesteps"] // BATCH_SIZE
+    measured = measured_iterations(num_updates, design["measurements"])
+    rows = []
+    before = []
+
+    def watch(iteration: int, agents: list, metrics: list):
+        nonlocal before
+        policies = []
+        if iteration in measured or iteration + 1 in measured:
+            policies = [policies_of(agent, world.pictures) for agent in agents]
+        if iteration in measured:
+            gammas = GAMMAS if iteration == num_updates else ()
+            row = measure(world, job.num_train, before, policies, gammas)
+            row["iteration"] = iteration
+            row["losses"] = {}
+            for name in metrics[0]:
+                of_agents = [float(means[name]) for means in metrics]
+                row["losses"][name] = sum(of_agents) / len(of_agents)
+            rows.append(row)
+        before = policies
+
+    run_script(job, design, world, watch)
+    best = optimal_values(world.mdp)
+    optimum = float(best @ world.mdp.start)
+    return {"job": job._asdict(), "design": design, "optimum": optimum, "rows": rows}
+
+
+def run_script(job: Job, design: dict, world: World, watch):
+    """Trains by a script's own main. watch(iteration, agents, metrics) sees the agents before the first
+    update, as iteration 0 with no metrics, and after each update."""
     torch.set_num_threads(1)  # these networks are too small for more
     threadpool_limits(1)  # and so are numpy's matrices
-    world = World(design["grid_size"], design["gamma"], design["num_renderings"])
     method = METHODS[job.method]
     settings = design["settings"] | method.settings
     batch_size = settings["num_envs"] * settings["num_steps"]
@@ -153,14 +187,22 @@ def train(job: Job, design: dict) -> dict:
         eval_interval=0,
         **settings,
     )
+    update = script.update
+    iteration = 0
+
+    def watched_update(loss_function, agents, *rest):
+        nonlocal iteration
+        if iteration == 0:
+            watch(0, agents, [])
+        metrics = update(loss_function, agents, *rest)
+        iteration += 1
+        watch(iteration, agents, metrics)
+        return metrics
+
     script.make_envs = world.make_envs  # what one does by hand who copies a script
-    measured = measured_iterations(num_updates, design["measurements"])
-    rows = measure_updates(script, world, job.num_train, measured)
+    script.update = watched_update
     with in_silence():
         script.main(args)
-    best = optimal_values(world.mdp)
-    optimum = float(best @ world.mdp.start)
-    return {"job": job._asdict(), "design": design, "optimum": optimum, "rows": rows}
 
 
 @contextlib.contextmanager
@@ -181,42 +223,6 @@ def measured_iterations(number: int, measurements: int) -> list[int]:
     """Evenly spread over the iterations 1 ... number, the last among them."""
     spread = np.linspace(number / measurements, number, measurements)
     return sorted({max(1, round(each)) for each in spread})
-
-
-def measure_updates(script, world: World, num_train: int, measured: list[int]) -> list[dict]:
-    """Replaces Agent and update of a copied script, so that its main measures the agents before and after the
-    iterations `measured`. Returns the list to which it will add a row for each of them."""
-    agents = []
-    rows = []
-    iteration = 0
-    update = script.update
-
-    class Agent(script.Agent):
-        def __init__(self, *args, **settings):
-            super().__init__(*args, **settings)
-            agents.append(self)
-
-    def measured_update(*args, **settings):
-        nonlocal iteration
-        iteration += 1
-        if iteration not in measured:
-            return update(*args, **settings)
-        before = [policies_of(agent, world.pictures) for agent in agents]
-        metrics = update(*args, **settings)
-        after = [policies_of(agent, world.pictures) for agent in agents]
-        gammas = GAMMAS if iteration == measured[-1] else ()
-        row = measure(world, num_train, before, after, gammas)
-        row["iteration"] = iteration
-        row["losses"] = {}
-        for name in metrics[0]:
-            of_agents = [float(means[name]) for means in metrics]
-            row["losses"][name] = sum(of_agents) / len(of_agents)
-        rows.append(row)
-        return metrics
-
-    script.Agent = Agent
-    script.update = measured_update
-    return rows
 
 
 def measure(world: World, num_train: int, before: list, after: list, gammas) -> dict:
@@ -247,13 +253,23 @@ def mean_of_pairs(distances: np.ndarray) -> float:
     return float(distances.sum() / num_pairs)  # that of a rendering to itself is 0
 
 
-def run_jobs(jobs: list[Job], design: dict, args: Args):
-    """Trains, each in a process, and writes each result when it is there."""
+def make_results(train, design: dict, args: Args) -> list[dict]:
+    """Makes those of args that are missing, each in a process, and writes each when it is there. Returns all
+    that are in the folder."""
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output {args.output}: {error.strerror}")
+    jobs = find_jobs(args)
+    made = [Job(**result["job"]) for result in read_results(args.output, design)]
+    missing = [job for job in jobs if job not in made]
+    print(f"trainings: {len(jobs)}, to be made: {len(missing)}", flush=True)
     pool = Parallel(args.processes or -1, return_as="generator_unordered")
-    results = pool(delayed(train)(job, design) for job in jobs)
-    for result in tqdm(results, total=len(jobs), unit="training", disable=None):
+    results = pool(delayed(train)(job, design) for job in missing)
+    for result in tqdm(results, total=len(missing), unit="training", disable=None):
         name = "{method}__{num_train}__{seed}.json".format(**result["job"])
         write_text(args.output / name, json.dumps(result))
+    return read_results(args.output, design)
 
 
 def write_text(path: Path, text: str):
@@ -289,12 +305,12 @@ def read_result(path: Path, design: dict) -> dict:
 
 def agents_of(results: list[dict]) -> pd.DataFrame:
     """A row for each agent at each update that was measured: what `measure` gives, with eta, zeta and their
-    gap in parts of the optimum."""
+    gap in parts of the optimum, and the mean entropy of its training's policies."""
     rows = []
     for result in results:
         for row in result["rows"]:
             of_all = result["job"] | {"optimum": result["optimum"], "iteration": row["iteration"]}
-            of_all["mutual_kl"] = row["losses"].get("mutual_kl")
+            of_all["entropy"] = row["losses"]["entropy"]
             rows += [of_all | agent for agent in row["agents"]]
     agents = pd.DataFrame(rows)
     agents["eta"] /= agents["optimum"]
@@ -303,74 +319,96 @@ def agents_of(results: list[dict]) -> pd.DataFrame:
     return agents
 
 
-def last_of(agents: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the last update."""
-    return agents[agents["iteration"] == agents["iteration"].max()]
-
-
-def make_tables(agents: pd.DataFrame) -> str:
+def make_tables(agents: pd.DataFrame, results: list[dict]) -> str:
     """Markdown, with 95 % intervals over trainings: each method on each number of renderings, how far it is
-    from PPO, and how robustness goes with the gap. `agents` are those of the last update."""
+    from PPO, and how robustness goes with the gap. `agents` are those of one update."""
     groups = groups_of(agents)
-    return (
-        f"## What each method reached\n\n{method_table(groups)}\n"
-        f"## Difference from PPO\n\n{difference_table(groups)}\n"
-        f"## Rank correlation with the gap\n\n{correlation_table(agents)}"
-    )
+    text = f"## What each method reached\n\n{method_table(groups)}\n"
+    for baseline in ("ppo", "ppo_both"):
+        text += f"## Difference from {METHODS[baseline].label}\n\n{difference_table(groups, baseline)}\n"
+    text += f"## Rank correlation\n\n{correlation_table(agents)}\n"
+    return f"{text}## The bounds after the last update\n\n{bound_table(results)}"
 
 
 def groups_of(agents: pd.DataFrame) -> dict:
-    """{(method, n): {measure: (number of trainings,)}}, of the MEASURES. The agents of a training are not
-    independent: their mean counts."""
+    """{(method, n): a row for each training}, with the MEASURES as columns, and as the n `mean` their means
+    over n. The agents of a training are not independent: their mean counts."""
     groups = {}
-    for key, group in agents.groupby(["method", "num_train"], sort=False):
-        trainings = group.groupby("seed").mean(numeric_only=True)
-        groups[key] = {name: trainings[name].to_numpy() for name in MEASURES}
+    for method, rows in agents.groupby("method", sort=False):
+        trainings = rows.groupby(["num_train", "seed"])[list(MEASURES)].mean()
+        for num_train, group in trainings.groupby("num_train"):
+            groups[method, num_train] = group.droplevel("num_train")
     return groups
 
 
 def method_table(groups: dict) -> str:
     rows = [["method", "n", "trainings", *MEASURES.values()]]
-    for (method, num_train), values in groups.items():
-        row = [METHODS[method].label, str(num_train), str(len(values["gap"]))]
-        row += [str(mean_interval(values[name])) for name in MEASURES]
+    for (method, num_train), trainings in groups.items():
+        row = [METHODS[method].label, str(num_train), str(len(trainings))]
+        row += [str(mean_interval(trainings[name].to_numpy())) for name in MEASURES]
         rows.append(row)
     return markdown(rows)
 
 
-def difference_table(groups: dict) -> str:
-    """Of the methods that were trained on as many renderings as PPO."""
+def difference_table(groups: dict, baseline: str) -> str:
+    """Of each method, on each n and of the mean over those n that the baseline has, too. Holm corrects over
+    the n of a method."""
     rows = [["method", "n", *MEASURES.values()]]
-    for (method, num_train), values in groups.items():
-        baseline = groups.get(("ppo", num_train))
-        if baseline and method != "ppo":
-            row = [METHODS[method].label, str(num_train)]
-            row += [str(difference_interval(values[name], baseline[name])) for name in MEASURES]
-            rows.append(row)
+    for method in dict.fromkeys(method for method, _ in groups):
+        numbers = [number for each, number in groups if each == method and (baseline, number) in groups]
+        if method == baseline or not numbers:
+            continue
+        pairs = [(groups[method, number], groups[baseline, number]) for number in numbers]
+        by_number = {name: [difference(*pair, name) for pair in pairs] for name in MEASURES}
+        starred = zip(*(star_holm(intervals) for intervals in by_number.values()))
+        label = METHODS[method].label
+        rows += [[label, str(number), *cells] for number, cells in zip(numbers, starred)]
+        if len(numbers) > 1:
+            ours, theirs = (sum(trainings) / len(numbers) for trainings in zip(*pairs))
+            means = [str(difference(ours.dropna(), theirs.dropna(), name)) for name in MEASURES]
+            rows.append([label, "mean", *means])
     return markdown(rows)
+
+
+def difference(trainings: pd.DataFrame, of_baseline: pd.DataFrame, name: str) -> Interval:
+    return difference_interval(trainings[name].to_numpy(), of_baseline[name].to_numpy())
 
 
 def correlation_table(agents: pd.DataFrame) -> str:
     """A point for each agent."""
-    in_order = agents.sort_values(JOB, kind="stable")  # the bootstrap's
-    groups = {"all": in_order} | dict(list(in_order.groupby("num_train")))
-    rows = [["n", "trainings", *(MEASURES[name] for name in ROBUSTNESS)]]
+    groups = {"all": agents} | dict(list(agents.groupby("num_train")))
+    rows = [["n", "trainings", "", "gap", "gap, within methods", "zeta"]]
     for label, group in groups.items():
-        trainings = [training for _, training in group.groupby(JOB, sort=False)]
-        row = [str(label), str(len(trainings))]
+        group = group.sort_values(JOB, kind="stable", ignore_index=True)  # the bootstrap's order
         for name in ROBUSTNESS:
-            points = [training[[name, "gap"]].to_numpy().T for training in trainings]
-            row.append(str(correlation_interval(points)))
-        rows.append(row)
+            intervals = [
+                correlation_interval(group, (name, "gap"), JOB),
+                correlation_interval(group, (name, "gap"), JOB, ["method", "num_train"]),
+                correlation_interval(group, (name, "zeta"), JOB),
+            ]
+            number = str(group.groupby(JOB).ngroups)
+            rows.append([str(label), number, MEASURES[name], *map(str, intervals)])
     return markdown(rows)
 
 
-def draw(folder: Path, results: list[dict], design: dict):
-    """performance, training and renderings, each as .pdf and .png."""
+def bound_table(results: list[dict]) -> str:
+    """Each bound in parts of what it bounds, of the means over all agents after the last update: 1 is tight,
+    and below 0 it says nothing, since no return is negative. Theorem 3.7 is an upper bound of D_test."""
+    agents = []
+    for result in results:
+        for gamma, of_gamma in result["rows"][-1]["at_gamma"].items():
+            agents += [agent | {"gamma": float(gamma)} for agent in of_gamma]
+    means = pd.DataFrame(agents).groupby("gamma").mean()
+    rows = [["gamma", *(name.replace("_", " ", 1).replace("_", ".") for name in BOUNDS)]]
+    for gamma, mean in means.iterrows():
+        rows.append([str(gamma), *(f"{mean[name] / mean[bounded]:.2f}" for name, bounded in BOUNDS.items())])
+    return markdown(rows)
+
+
+def draw(folder: Path, agents: pd.DataFrame, design: dict):
+    """performance and renderings, each as .pdf and .png."""
     plt.rcParams.update({"font.size": 9, "pdf.fonttype": 42})
-    agents = agents_of(results)
-    save(draw_performance(last_of(agents)), folder / "performance")
-    save(draw_training(agents, results), folder / "training")
+    save(draw_performance(agents), folder / "performance")
     save(draw_renderings(design), folder / "renderings")
 
 
@@ -402,8 +440,8 @@ def draw_over_number(ax, groups: dict, name: str):
     for method in dict.fromkeys(method for method, _ in groups):
         numbers = [number for each, number in groups if each == method]
         if len(numbers) > 1:
-            intervals = [mean_interval(groups[method, number][name]) for number in numbers]
-            middles, lows, highs = zip(*intervals)
+            intervals = [mean_interval(groups[method, number][name].to_numpy()) for number in numbers]
+            middles, lows, highs, _ = zip(*intervals)
             style = style_of(method)
             ax.plot(numbers, middles, "o-", markersize=3, **style)
             ax.fill_between(numbers, lows, highs, alpha=0.2, linewidth=0, **style)
@@ -425,64 +463,6 @@ def draw_against_gap(ax, agents: pd.DataFrame, name: str):
     ax.set(xlabel=MEASURES[name], ylabel=MEASURES["gap"])
 
 
-def draw_training(agents: pd.DataFrame, results: list[dict]):
-    """How far the agents differ, and the bounds."""
-    figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
-    draw_distillation(panels[0], agents)
-    draw_ratios(panels[1], agents)
-    draw_slack(panels[2], results)
-    return figure
-
-
-def draw_distillation(ax, agents: pd.DataFrame):
-    """mutual_kl over training, the mean of all trainings of a method."""
-    mutual = agents.dropna(subset="mutual_kl")
-    for method, group in mutual.groupby("method", sort=False):
-        curve = group.groupby("iteration")["mutual_kl"].mean()
-        ax.plot(curve.index, curve, **style_of(method))
-    ax.set(xlabel="updates", ylabel="mutual_kl (nats)", title="distillation")
-    if ax.lines:
-        ax.legend(fontsize=7)
-
-
-def draw_ratios(ax, agents: pd.DataFrame):
-    """Each bound in parts of what it bounds, over training: 1 is tight, and below 0 it says nothing, since no
-    return is negative. Of theorem 3.7, an upper bound, D_test in parts of the bound."""
-    ratios = pd.DataFrame()
-    for name, performance in BOUNDS.items():
-        ratios[bound_label(name)] = agents[name] / agents[performance]
-    ratios["theorem 3.7: D_test / bound"] = agents["d_test"] / agents["theorem_3_7"]
-    curves = ratios.groupby(agents["iteration"]).mean()
-    curves.plot(ax=ax, style="o-", markersize=3)
-    ax.axhline(0, color="grey", linestyle=":")
-    ax.axhline(1, color="grey", linestyle=":")
-    ax.set_yscale("symlog", linthresh=1)
-    ax.set(xlabel="updates", ylabel="ratio of the sides", title="the bounds over training")
-    ax.legend(fontsize=7, loc="center right", bbox_to_anchor=(1, 0.42))
-
-
-def bound_label(name: str) -> str:
-    return name.replace("_", " ", 1).replace("_", ".")
-
-
-def draw_slack(ax, results: list[dict]):
-    """How far each bound on the new policy's performance is below it, over gamma, for the last update: in
-    parts of r_max / (1 - gamma), the largest return that can be. At 1 and above a bound says nothing."""
-    rows = []
-    for result in results:
-        for gamma, agents in result["rows"][-1]["at_gamma"].items():
-            rows += [agent | {"gamma": float(gamma)} for agent in agents]
-    means = pd.DataFrame(rows).groupby("gamma").mean()
-    for name, performance in BOUNDS.items():
-        slack = (means[performance] - means[name]) * (1 - means.index)
-        slack.plot(ax=ax, style="o-", label=bound_label(name), markersize=3)
-    ax.axhline(1, color="grey", linestyle=":")
-    ax.set_yscale("symlog", linthresh=0.01)
-    ax.set_ylim(bottom=0)
-    ax.set(ylabel="slack / largest return", title="the bounds, after the last update")
-    ax.legend(fontsize=7)
-
-
 def draw_renderings(design: dict):
     """One state under the first renderings."""
     world = World(design["grid_size"], design["gamma"], num_renderings=8)
@@ -495,21 +475,16 @@ def draw_renderings(design: dict):
 
 
 def main(args: Args):
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output {args.output}: {error.strerror}")
     design = DESIGN | {"total_timesteps": args.total_timesteps}
-    jobs = find_jobs(args)
-    made = [Job(**result["job"]) for result in read_results(args.output, design)]
-    missing = [job for job in jobs if job not in made]
-    print(f"trainings: {len(jobs)}, to be made: {len(missing)}", flush=True)
-    run_jobs(missing, design, args)
-    results = read_results(args.output, design)
-    tables = make_tables(last_of(agents_of(results)))
+    results = make_results(train, design, args)
+    agents = agents_of(results)
+    last = agents[agents.iteration == (args.iteration or agents.iteration.max())]
+    if last.empty:
+        fail(f"--iteration must be one of {sorted(set(agents.iteration))}")
+    tables = make_tables(last, results)
     print(tables)
     write_text(args.output / "tables.md", tables)
-    draw(args.output, results, design)
+    draw(args.output, last, design)
     print(f"wrote {args.output}")
 
 
