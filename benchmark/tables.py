@@ -105,12 +105,11 @@ def rank_correlation(measures: np.ndarray, groups: np.ndarray) -> float:
     groups, (number of agents,), so that agents are compared within groups. NaN if a measure has one value
     only."""
     ranks = rankdata(measures, axis=1)
-    for group in set(groups):
-        members = groups == group
-        ranks[:, members] -= ranks[:, members].mean(axis=1, keepdims=True)
-    if np.ptp(ranks, axis=1).min() == 0:
+    sizes = np.bincount(groups)
+    centred = [row - (np.bincount(groups, row) / sizes.clip(1))[groups] for row in ranks]
+    if min(map(np.ptp, centred)) == 0:
         return np.nan
-    return np.corrcoef(ranks)[0, 1]
+    return np.corrcoef(centred)[0, 1]
 
 
 def correlation_interval(agents: pd.DataFrame, names: tuple[str, str], training, group=()) -> Interval:
@@ -118,7 +117,9 @@ def correlation_interval(agents: pd.DataFrame, names: tuple[str, str], training,
     apart, are resampled with all their agents, which are not independent. The columns `group` are the groups.
     Samples without a correlation are left out."""
     measures = agents[list(names)].to_numpy().T
-    groups = agents.groupby(list(group)).ngroup().to_numpy() if group else np.zeros(len(agents))
+    groups = np.zeros(len(agents), int)
+    if group:
+        groups = agents.groupby(list(group)).ngroup().to_numpy()
     middle = rank_correlation(measures, groups)
     members = list(agents.groupby(training).indices.values())
     if len(members) < FEWEST_OF_A_CORRELATION or np.isnan(middle):
@@ -174,7 +175,7 @@ def read_robustness(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(path)
         table = table[table.checkpoint != "all"]  # which is a mean over agents
-        missing = math.log(NUM_ACTIONS) - table.entropy_mean.astype(float)
+        missing = math.log(NUM_ACTIONS) - table["entropy_mean"].astype(float)
         table = table.assign(kl_per_entropy=table.kl_mean.astype(float) / missing)
         distances = [name for name in DISTANCES if name in table]
         columns = ["perturbation", "checkpoint", *distances]
@@ -272,7 +273,8 @@ def robustness_tables(agents: pd.DataFrame, robustness: pd.DataFrame, labels: di
     text += f"{comparison_table(joined, labels, titles, 'game', 'perturbation')}\n"
     for game, group in joined.groupby("game"):
         text += f"## Rank correlation of that change with the returns and the gap: {game}\n\n"
-        text += f"{correlation_table(group, titles)}\n"
+        changes = {name: title for name, title in titles.items() if name != "kl_per_entropy"}
+        text += f"{correlation_table(group, changes)}\n"
     return text
 
 

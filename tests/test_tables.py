@@ -18,10 +18,11 @@ RESULTS = ROOT / "benchmark/results/few_levels"
 
 
 def test_interval_of_the_mean():
-    """Student's t of 4 degrees of freedom is 2.776."""
-    mean, low, high = tables.mean_interval(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    """Student's t of 4 degrees of freedom is 2.776, and 4.743 is beyond 0.9910 of it."""
+    mean, low, high, p = tables.mean_interval(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
     half = 2.776 * np.sqrt(2.5 / 5)
     assert (mean, low, high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-3)
+    assert p == pytest.approx(0.0132, abs=1e-4)
 
 
 def test_interval_of_a_difference():
@@ -30,28 +31,57 @@ def test_interval_of_a_difference():
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     half = 2.306 * np.sqrt(2 * 2.5 / 5)
     found = tables.difference_interval(values + 2, values)
-    assert found == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
+    assert found[:3] == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
     few = np.array([0.0, 1.0, 2.0])
     many = np.linspace(-0.001, 0.001, 100)
     assert tables.difference_interval(few, many) == pytest.approx(tables.mean_interval(few), abs=1e-3)
 
 
+def test_interval_of_a_ratio():
+    """Of geometric means: here 4 times as much, and as much lower as higher in parts."""
+    values = np.array([1.0, 2.0, 4.0])
+    middle, low, high, p = tables.ratio_interval(4 * values, values)
+    assert middle == pytest.approx(4)
+    assert low * high == pytest.approx(16) and low < 4
+    difference = tables.difference_interval(np.log(4 * values), np.log(values))
+    assert (np.log(high), p) == pytest.approx((difference.high, difference.p))
+
+
 def test_few_trainings():
-    """One has no interval; those that all come to the same have one of no width, or that of the others."""
-    one = np.array([0.5])
+    """Two have no interval; those that all come to the same have one of no width, or that of the others."""
+    two = np.array([0.5, 0.7])
     same = np.array([0.1, 0.1, 0.1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert str(tables.mean_interval(one)) == "0.500 (nan to nan)"
-        assert str(tables.difference_interval(one, np.array([0.1, 0.3]))) == "0.300 (nan to nan)"
+        assert str(tables.mean_interval(two)) == "0.600"
+        assert str(tables.difference_interval(two, same)) == "0.500"
         assert str(tables.mean_interval(same)) == "0.100 (0.100 to 0.100)"
-        middle, low, high = tables.difference_interval(same, np.array([1.0, 2.0, 3.0]))
+        middle, low, high, _ = tables.difference_interval(same, np.array([1.0, 2.0, 3.0]))
     assert middle == pytest.approx(-1.9) and low < middle < high
 
 
-def single_agents(x, y) -> list[tuple]:
+def test_stars_are_holms():
+    """The smallest p counts as often as there are p, the next once less, until one is too large."""
+
+    def starred(*p_values: float) -> list[bool]:
+        intervals = [tables.Interval(1.0, 0.5, 1.5, p) for p in p_values]
+        return ["*" in cell for cell in tables.star_holm(intervals)]
+
+    assert starred(0.04) == [True]
+    assert starred(0.03, 0.04) == [False, False]
+    assert starred(0.04, 0.02) == [True, True]
+    assert starred(0.001, 0.03, 0.02) == [True, True, True]
+    assert starred(0.001, 0.03, 0.026, np.nan) == [True, False, False, False]
+    assert tables.star_holm([tables.Interval(0.5)]) == ["0.500"]
+
+
+def frame(x, y, **columns) -> pd.DataFrame:
     """Trainings with one agent each."""
-    return [(np.array([a]), np.array([b])) for a, b in zip(x, y)]
+    return pd.DataFrame({"x": x, "y": y, "seed": range(len(x))} | columns)
+
+
+def correlate(agents: pd.DataFrame, group=()) -> tables.Interval:
+    return tables.correlation_interval(agents, ("x", "y"), ["seed"], group)
 
 
 def test_rank_correlation():
@@ -59,36 +89,43 @@ def test_rank_correlation():
     x = [0.1, 0.2, 0.3, 0.4, 5.0]
     differences = np.array([0, 1, 2, 3, 4]) - np.array([1, 0, 4, 3, 2])
     expected = 1 - 6 * (differences**2).sum() / (5 * 24)
-    found = tables.rank_correlation(single_agents(x, [0.2, 0.1, 0.9, 0.5, 0.4]))
-    assert found == pytest.approx(expected)
-    assert tables.rank_correlation(single_agents(x, [0.5, 0.4, 0.3, 0.2, 0.1])) == pytest.approx(-1)
-    assert np.isnan(tables.rank_correlation(single_agents(x, 5 * [0.5])))
-    assert np.isnan(tables.rank_correlation(single_agents(5 * [0.5], x)))
+    assert correlate(frame(x, [0.2, 0.1, 0.9, 0.5, 0.4])).middle == pytest.approx(expected)
+    assert correlate(frame(x, [0.5, 0.4, 0.3, 0.2, 0.1])).middle == pytest.approx(-1)
+    assert np.isnan(correlate(frame(x, 5 * [0.5])).middle)
+    assert np.isnan(correlate(frame(5 * [0.5], x)).middle)
+
+
+def test_rank_correlation_within_groups():
+    """One group has more of both, but within each more of one is less of the other. By hand: the centred
+    ranks are -1, 0, 1 and 1, 0, -1, twice."""
+    agents = frame([1, 2, 3, 11, 12, 13], [3, 2, 1, 13, 12, 11], method=[1, 1, 1, 2, 2, 2])
+    assert correlate(agents).middle > 0.5
+    assert correlate(agents, ["method"]).middle == pytest.approx(-1)
+    agents["y"] = [3, 2, 1, 12, 11, 13]
+    assert correlate(agents, ["method"]).middle == pytest.approx((-1 - 1 + 1) / 4)
 
 
 def test_interval_of_a_correlation():
     """Nearly all samples of fewer than five trainings give 1 or none."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=60)
-    middle, low, high = tables.correlation_interval(single_agents(x, x + rng.normal(size=60)))
+    middle, low, high, _ = correlate(frame(x, x + rng.normal(size=60)))
     assert low < middle < high
     assert 0.5 < middle < 0.8
     assert 0.1 < high - low < 0.5
-    assert np.isnan(tables.correlation_interval(single_agents([1.0] * 9, [2.0] * 9))).all()
     x = np.arange(5.0)
-    assert str(tables.correlation_interval(single_agents(x[:4], x[:4]))) == "1.000 (nan to nan)"
-    assert str(tables.correlation_interval([(x, x)])) == "1.000 (nan to nan)"
-    assert str(tables.correlation_interval(single_agents(x, x))) == "1.000 (1.000 to 1.000)"
+    assert str(correlate(frame(x[:4], x[:4]))) == "1.000"
+    assert str(correlate(frame(x, x).assign(seed=1))) == "1.000"
+    assert str(correlate(frame(x, x))) == "1.000 (1.000 to 1.000)"
 
 
 def test_the_agents_of_a_training_are_resampled_together():
     """Ten agents that agree are no better known than one."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=20)
-    single = single_agents(x, x + rng.normal(size=20))
-    many = [(np.repeat(a, 10), np.repeat(b, 10)) for a, b in single]
-    _, low, high = tables.correlation_interval(single)
-    _, low_of_many, high_of_many = tables.correlation_interval(many)
+    single = frame(x, x + rng.normal(size=20))
+    _, low, high, _ = correlate(single)
+    _, low_of_many, high_of_many, _ = correlate(pd.concat(10 * [single], ignore_index=True))
     assert high_of_many - low_of_many == pytest.approx(high - low, rel=0.2)
 
 
@@ -121,10 +158,12 @@ def write(path, rows: list[tuple]):
 
 def write_robustness(path, distances: dict[str, float], *more: str):
     """A table of robustness_eval.py, of agents whose policies change by so much."""
-    rows = [("random-conv", "all", 3.0, 3.0, 3.0)]
+    rows = [("random-conv", "all", 3.0, 3.0, 3.0, 3.0)]
+    entropy = np.log(15) - 0.5
     for run, distance in distances.items():
-        rows.append(("random-conv", f"somewhere/{run}/agent.pt", distance, distance / 2, 1 - distance))
-    columns = ["perturbation", "checkpoint", "kl_mean", "tv_mean", "encoding_shift_mean"]
+        path_of_run = f"somewhere/{run}/agent.pt"
+        rows.append(("random-conv", path_of_run, distance, distance / 2, 1 - distance, entropy))
+    columns = ["perturbation", "checkpoint", "kl_mean", "tv_mean", "encoding_shift_mean", "entropy_mean"]
     pd.DataFrame(rows, columns=columns).drop(columns=list(more)).to_csv(path, index=False)
     return path
 
@@ -150,28 +189,40 @@ def firsts(cells: list[str]) -> list[str]:
 
 
 def test_returns_and_differences(curves, make):
-    """Agents that learned together are one seed. Student's t of a degree of freedom is 12.706."""
+    """Agents that learned together are one seed, and two seeds have no interval."""
     text, rows = make(curves, "--algorithms", PPO, MDPO)
-    head, ppo, mdpo, _, difference = rows
-    assert head == ["algorithm", "seeds", "training levels", "full distribution", "gap"]
-    half = 12.706 * 2
-    assert ppo[:2] == ["PPO", "2"] and firsts(ppo[2:]) == ["15.000", "6.000", "9.000"]
-    assert ppo[3] == f"6.000 ({6 - half:.3f} to {6 + half:.3f})"
-    assert mdpo[:2] == ["MDPO", "2"] and firsts(mdpo[2:]) == ["30.000", "15.000", "15.000"]
-    assert "Difference from PPO:" in text
-    assert difference[0] == "MDPO" and firsts(difference[1:]) == ["15.000", "9.000", "6.000"]
-    text, rows = make(curves, "--algorithms", MDPO, PPO, "--labels", "ours", "theirs")
-    assert "Difference from ours:" in text and rows[-1][0] == "theirs" and firsts(rows[-1])[2] == "-9.000"
+    head, ppo, mdpo, head_of_differences, difference = rows
+    assert head == ["game", "algorithm", "seeds", "training levels", "full distribution", "gap"]
+    assert ppo == ["bigfish", "PPO", "2", "15.000", "6.000", "9.000"]
+    assert mdpo == ["bigfish", "MDPO", "2", "30.000", "15.000", "15.000"]
+    assert head_of_differences[2:] == ["training levels - PPO's", "full distribution - PPO's", "gap - PPO's"]
+    assert difference == ["MDPO", "bigfish", "15.000", "9.000", "6.000"]
+    _, rows = make(curves, "--algorithms", MDPO, PPO, "--labels", "ours", "theirs")
+    assert rows[-2][2] == "training levels - ours's" and rows[-1][:3] == ["theirs", "bigfish", "-15.000"]
     text, _ = make(curves, "--algorithms", MDPO)
-    assert "Nothing to compare." in text
+    assert "Nothing to compare with MDPO." in text
+
+
+def test_holm_is_over_games(make, tmp_path):
+    """Welch's p is 0.027 on each: less than 0.05, but not twice."""
+    rows = []
+    for game in ("bigfish", "maze"):
+        for seed, value in [(1, 1.0), (2, 2.0), (3, 3.0)]:
+            rows += points(name_run(PPO, seed, game=game), train=value, test=0.0)
+            rows += points(name_run(MDPO, seed, 1, game=game), train=value + 2.8, test=0.0)
+    path = write(tmp_path / "both.csv", rows)
+    _, of_both = make(path, "--algorithms", PPO, MDPO)
+    assert [row[2] for row in of_both[-2:]] == 2 * ["2.800 (0.533 to 5.067)"]
+    _, of_one = make(path, "--algorithms", PPO, MDPO, "--games", "maze")
+    assert of_one[-1][2] == "2.800 (0.533 to 5.067) *"
 
 
 def test_games_are_apart(curves, make, tmp_path):
+    """And a game that the first algorithm lacks is not compared."""
     more = write(tmp_path / "more.csv", points(name_run(PPO, 1, game="maze"), train=3.0, test=1.0))
-    text, rows = make(curves, more)
-    assert text.index("## bigfish") < text.index("## maze")
-    assert ["PPO", "1", "3.000 (nan to nan)", "1.000 (nan to nan)", "2.000 (nan to nan)"] in rows
-    assert text.count("Difference from MDPO:\n\nMDPO has no final test here.") == 1
+    _, rows = make(curves, more)
+    assert ["maze", "PPO", "1", "3.000", "1.000", "2.000"] in rows
+    assert rows[-1][:2] == ["PPO", "bigfish"]
 
 
 def test_what_has_no_final_test(curves, make, tmp_path):
@@ -185,10 +236,10 @@ def test_what_has_no_final_test(curves, make, tmp_path):
     text, found = make(curves, more)
     for seed in (3, 4, 5):
         assert f"left out: {name_run(PPO, seed)}, which has no final test" in text
-    assert found[2][:2] == ["PPO", "2"]
-    assert "Difference from MDPO:" in text and found[-1][0] == "PPO"
+    assert found[2][:3] == ["bigfish", "PPO", "2"]
+    assert found[-1][:3] == ["PPO", "bigfish", "-15.000"]
     text, _ = make(curves, more, "--algorithms", "dpo_procgen", PPO)
-    assert "Difference from DPO:\n\nDPO has no final test here." in text
+    assert "Nothing to compare with DPO." in text
 
 
 def test_run_folders(make, tmp_path):
@@ -199,7 +250,7 @@ def test_run_folders(make, tmp_path):
     text, rows = make(tmp_path)
     assert f"left out: {name_run(PPO, 2)}, which has no final test" in text
     assert f"short: {PPO} on bigfish, seed 1: 1,000 of 2,000 steps" in text
-    assert rows[1] == ["PPO", "1", "6.000 (nan to nan)", "5.000 (nan to nan)", "1.000 (nan to nan)"]
+    assert rows[1] == ["bigfish", "PPO", "1", "6.000", "5.000", "1.000"]
 
 
 def test_rank_correlation_of_robustness(curves, make, tmp_path):
@@ -218,14 +269,14 @@ def test_rank_correlation_of_robustness(curves, make, tmp_path):
     _, rows = make(curves, "--robustness", path)
     *_, head, kl, tv, shift = rows
     assert head[:4] == ["perturbation", "change", "agents", "seeds"]
-    assert head[4:] == ["training levels", "full distribution", "gap"]
+    assert head[4:] == ["training levels", "full distribution", "gap", "gap, within algorithms"]
     assert kl[:4] == ["random-conv", "KL", "6", "4"]
     assert [tv[1], shift[1]] == ["total variation", "encoding shift"]
-    assert kl[6] == tv[6] == "1.000 (nan to nan)"  # four seeds
-    assert shift[6] == "-1.000 (nan to nan)"
+    assert kl[6] == tv[6] == kl[7] == "1.000"  # four seeds have no interval
+    assert shift[6] == "-1.000"
     differences = [1 - 1, 4 - 2, 3 - 3, 2 - 4, 6 - 5, 5 - 6]  # of ranks
     expected = 1 - 6 * sum(each**2 for each in differences) / (6 * 35)
-    assert kl[5] == tv[5] == f"{expected:.3f} (nan to nan)"
+    assert kl[5] == tv[5] == f"{expected:.3f}"
     del distances[name_run(PPO, 1)]
     write_robustness(path, distances)
     text, _ = make(curves, "--robustness", path)
@@ -236,8 +287,8 @@ def test_rank_correlation_of_robustness(curves, make, tmp_path):
 
 
 def test_robustness_of_algorithms(curves, make, tmp_path):
-    """Means over seeds, and MDPO's of 0.2 and 0.4 from PPO's of 0.6 and 1.0. Welch's t of 1.47 degrees of
-    freedom is 6.188."""
+    """Means over seeds; MDPO's KL of 0.2 and 0.4 in parts of PPO's of 0.6 and 1.0, geometric means. An agent
+    whose entropy lacks half a nat has twice as much KL per missing entropy."""
     distances = {
         name_run(PPO, 1): 0.6,
         name_run(PPO, 2): 1.0,
@@ -249,22 +300,14 @@ def test_robustness_of_algorithms(curves, make, tmp_path):
     path = write_robustness(tmp_path / "results.csv", distances)
     words = [curves, "--algorithms", PPO, MDPO, "--robustness", path]
     _, rows = make(*words)
-    changes = ["KL", "total variation", "encoding shift"]
-    differences = [f"{change} - PPO's" for change in changes]
-    start = rows.index(["perturbation", "algorithm", "seeds", *changes, *differences])
-    ppo, mdpo = rows[start + 1 : start + 3]
-    half = 12.706 * 0.2
-    assert ppo[:4] == ["random-conv", "PPO", "2", f"0.800 ({0.8 - half:.3f} to {0.8 + half:.3f})"]
-    assert mdpo[:3] == ["random-conv", "MDPO", "2"]
-    assert firsts(mdpo[3:]) == ["0.300", "0.150", "0.700", "-0.500", "-0.250", "0.500"]
-    low, high = (float(word.strip("()")) for word in mdpo[6].split()[1::2])
-    half = 6.188 * (0.2**2 + 0.1**2) ** 0.5
-    assert (low, high) == pytest.approx((-0.5 - half, -0.5 + half), abs=0.001)
-    write_robustness(path, {name_run(MDPO, 1, 1): 0.5})
-    text, rows = make(*words)
-    one = ["0.500 (nan to nan)", "0.250 (nan to nan)", "0.500 (nan to nan)"]
-    assert ["random-conv", "MDPO", "1", *one] in rows
-    assert "\n\nPPO, to compare with, has no final test here that is in --robustness.\n" in text
+    changes = ["KL", "KL / missing entropy", "total variation", "encoding shift"]
+    start = rows.index(["game", "perturbation", "algorithm", "seeds", *changes])
+    ppo, mdpo, head, comparison = rows[start + 1 : start + 5]
+    assert ppo == ["bigfish", "random-conv", "PPO", "2", "0.800", "1.600", "0.400", "0.200"]
+    assert mdpo == ["bigfish", "random-conv", "MDPO", "2", "0.300", "0.600", "0.150", "0.700"]
+    assert head[3:5] == ["KL / PPO's", "KL / missing entropy / PPO's"]
+    ratio = f"{(0.2 * 0.4 / (0.6 * 1.0)) ** 0.5:.3f}"
+    assert comparison == ["MDPO", "bigfish", "random-conv", ratio, ratio, "-0.250", "0.500"]
 
 
 def test_a_table_from_before_the_encoding_shift(curves, make, tmp_path):
@@ -295,12 +338,17 @@ def test_the_results_give_their_tables(make):
     assert (RESULTS / "spo.md").read_text() in text
 
 
-def test_an_interval_of_the_page():
-    """Of the correlation of KL under random convolutions with the return on training levels."""
+def test_intervals_of_the_page():
+    """Of the correlation of KL under random convolutions with the return on training levels, and within
+    methods with the gap."""
     methods = (PPO, MDPO, f"{PPO}+both", "spo_procgen", "mdspo_procgen", f"{MDPO}+detached")
     choice = runs.Choice(paths=(RESULTS / "curves.csv",), algorithms=methods, distribution_mode="easy")
     agents = tables.find_agents(runs.read_runs(choice, [TEST], {}))
+    agents = tables.in_order(agents, dict.fromkeys(methods))
     joined = agents.merge(tables.read_robustness(RESULTS / "robustness.csv"), on="run")
-    trainings = joined[joined.perturbation == "random-conv"].groupby(["algorithm", "seed"])
-    columns = [training[["kl_mean", "train"]].to_numpy().T for _, training in trainings]
-    assert str(tables.correlation_interval(columns)) == "0.669 (0.280 to 0.884)"
+    rows = joined[joined.perturbation == "random-conv"]
+    training = ["algorithm", "seed"]
+    found = tables.correlation_interval(rows, ("kl_mean", "train"), training)
+    assert str(found) == "0.669 (0.280 to 0.884)"
+    found = tables.correlation_interval(rows, ("kl_mean", "gap"), training, ["algorithm"])
+    assert str(found) == "-0.030 (-0.589 to 0.452)"

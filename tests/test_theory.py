@@ -1,6 +1,7 @@
 """The command that measures the theory: its trainings, its tables, its files and its errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,9 +156,10 @@ def make_agent(eta: float, zeta: float, robustness: float) -> dict:
     }
 
 
-def make_result(method: str, num_train: int, seed: int, *agents: dict, **losses: float) -> dict:
+def make_result(method: str, num_train: int, seed: int, *agents: dict) -> dict:
     """The optimum is 5. The first of two updates has other agents than the last."""
     at_gamma = {str(gamma): agents for gamma in theory.GAMMAS}
+    losses = {"entropy": 0.5 * seed}
     first = {"iteration": 1, "agents": [make_agent(1.0, 0.5, 0.9)], "at_gamma": {}, "losses": losses}
     last = {"iteration": 2, "agents": agents, "at_gamma": at_gamma, "losses": losses}
     job = {"method": method, "num_train": num_train, "seed": seed}
@@ -165,49 +167,73 @@ def make_result(method: str, num_train: int, seed: int, *agents: dict, **losses:
 
 
 def last_agents(results: list[dict]):
-    return theory.last_of(theory.agents_of(results))
+    agents = theory.agents_of(results)
+    return agents[agents.iteration == 2]
 
 
 @pytest.fixture
 def results() -> list[dict]:
-    """PPO on one rendering, both on four, two seeds each. MDPO has two agents."""
+    """PPO on one rendering, both on two and on four, three seeds each. MDPO has two agents, and a zeta that is
+    larger by 1, on four renderings by 1.1."""
     results = []
-    for seed, zeta in [(1, 1.0), (2, 2.0)]:
-        results.append(make_result("ppo", 1, seed, make_agent(4.0, zeta, 0.25 * zeta)))
-        results.append(make_result("ppo", 4, seed, make_agent(4.0, zeta, 0.5)))
-    for seed, zeta in [(1, 2.0), (2, 3.0)]:
-        pair = [make_agent(4.0, zeta - 1, 0.5), make_agent(4.0, zeta + 1, 0.5)]
-        results.append(make_result("mdpo", 4, seed, *pair, mutual_kl=0.125 * seed))
+    for seed in (1, 2, 3):
+        results.append(make_result("ppo", 1, seed, make_agent(4.0, seed, 0.25 * seed)))
+        for num_train, more in [(2, 1.0), (4, 1.1)]:
+            results.append(make_result("ppo", num_train, seed, make_agent(4.0, seed / 10, 0.5)))
+            zeta = seed / 10 + more
+            pair = [make_agent(4.0, zeta - 0.5, 0.5), make_agent(4.0, zeta + 0.5, 0.5)]
+            results.append(make_result("mdpo", num_train, seed, *pair))
     return results
 
 
-def test_tables(results):
-    lines = theory.make_tables(last_agents(results)).splitlines()
-    head = "| method | n | trainings | eta / optimum | zeta / optimum | gap / optimum | R | mean R | "
-    assert lines[2] == head + "mean R of training |"
-    on_one, on_four, of_mdpo = lines[4:7]
-    assert on_one.startswith("| PPO | 1 | 2 | 0.800 (0.800 to 0.800) | 0.300 (-0.971 to 1.571) | 0.500 ")
-    for cell, expected in zip(on_one.split(" | ")[6:], ["0.375", "0.188", "0.094"], strict=True):
-        assert cell.startswith(expected)
-    assert on_four.startswith("| PPO | 4 | 2 | ")
-    assert of_mdpo.startswith("| MDPO | 4 | 2 | 0.800 (0.800 to 0.800) | 0.500 (-0.771 to 1.771) | ")
-    assert lines[8] == "## Difference from PPO"
-    (difference,) = lines[12:13]
-    assert difference.startswith("| MDPO | 4 | 0.000 ")
-    assert "| 0.200 (-0.408 to 0.808) | -0.200 (-0.808 to 0.408) |" in difference
-    of_all, on_one, on_four = lines[-3:]
-    assert of_all.startswith("| all | 6 | ")
-    assert on_one == "| 1 | 2 |" + 3 * " -1.000 (nan to nan) |"
-    assert on_four == "| 4 | 4 |" + 3 * " nan (nan to nan) |"
+def cells(table: str) -> list[list[str]]:
+    """Without the head."""
+    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
 
 
-def test_each_agent_is_a_point_of_the_correlation():
-    """The means of these trainings would give 1."""
-    first = make_result("ppo", 1, 1, make_agent(5.0, 4.0, 0.4), make_agent(5.0, 2.0, 0.1))
-    second = make_result("ppo", 1, 2, make_agent(5.0, 1.0, 0.3), make_agent(5.0, 1.5, 0.3))
-    table = theory.correlation_table(last_agents([first, second]))
-    (cell,) = {cell.split()[0] for cell in table.splitlines()[2].split(" | ")[2:]}
-    assert -1 < float(cell) < 0
+def test_method_table(results):
+    """The agents of a training are one sample, and two trainings have no interval. Student's t of 2 degrees of
+    freedom is 4.303."""
+    on_one, on_two, *_ = cells(theory.method_table(theory.groups_of(last_agents(results))))
+    half = 4.303 * 0.2 / 3**0.5
+    zeta = f"0.400 ({0.4 - half:.3f} to {0.4 + half:.3f})"
+    gap = f"0.400 ({0.4 - half:.3f} to {0.4 + half:.3f})"
+    assert on_one[:6] == ["PPO", "1", "3", "0.800 (0.800 to 0.800)", zeta, gap]
+    starts = [cell.split()[0] for cell in on_one[6:]]
+    assert starts == ["0.500", "0.250", "0.125", "1.000"]  # the last is the entropy
+    (first, *_) = cells(theory.method_table(theory.groups_of(last_agents(results[:1]))))
+    assert first[2:6] == ["1", "0.800", "0.200", "0.600"]
+
+
+def test_difference_table(results):
+    """The mean over n takes those n that both have, and seed by seed. Holm's stars are over n. Welch's t of 4
+    degrees of freedom is 2.776."""
+    groups = theory.groups_of(last_agents(results))
+    on_two, on_four, mean = cells(theory.difference_table(groups, "ppo"))
+    half = 2.776 * 0.02 * (2 / 3) ** 0.5
+    assert on_two[:2] == ["MDPO", "2"] and on_four[:2] == ["MDPO", "4"] and mean[:2] == ["MDPO", "mean"]
+    assert on_two[3] == f"0.200 ({0.2 - half:.3f} to {0.2 + half:.3f}) *"
+    assert on_four[3] == f"0.220 ({0.22 - half:.3f} to {0.22 + half:.3f}) *"
+    assert mean[3] == f"0.210 ({0.21 - half:.3f} to {0.21 + half:.3f})"
+    assert cells(theory.difference_table(groups, "ppo_both")) == []
+
+
+def test_correlation_table(results):
+    """A point for each agent. On one rendering more robust agents have a smaller gap, here exactly; where all
+    are as robust there is no correlation."""
+    table = cells(theory.correlation_table(last_agents(results)))
+    on_one = [row for row in table if row[0] == "1"]
+    assert on_one[1] == ["1", "3", "mean R", "-1.000", "-1.000", "1.000"]
+    on_two = [row for row in table if row[0] == "2"]
+    assert on_two[0] == ["2", "6", "R", "nan", "nan", "nan"]
+    assert table[0][:3] == ["all", "15", "R"]
+
+
+def test_bound_table(results):
+    """Each in parts of what it bounds: of means over agents, at each gamma."""
+    rows = cells(theory.bound_table(results[:1]))
+    assert [row[0] for row in rows] == [str(gamma) for gamma in theory.GAMMAS]
+    assert rows[0][1:] == ["0.00", "-1.00", "-2.00", "4.00"]
 
 
 def points(ax) -> list:
@@ -219,29 +245,15 @@ def test_performance(results):
     """zeta and gap over n; the gap against both R, a point for each agent, larger for more renderings."""
     figure = theory.draw_performance(last_agents(results))
     zeta, gap, robustness, mean_robustness = figure.axes
-    assert points(zeta) == [[[1, pytest.approx(0.3)], [4, pytest.approx(0.3)]]]
-    assert points(gap) == [[[1, pytest.approx(0.5)], [4, pytest.approx(0.5)]]]
+    of_ppo, of_mdpo = points(zeta)
+    assert of_ppo == [[1, pytest.approx(0.4)], [2, pytest.approx(0.04)], [4, pytest.approx(0.04)]]
+    assert of_mdpo == [[2, pytest.approx(0.24)], [4, pytest.approx(0.26)]]
+    assert points(gap)[1] == [[2, pytest.approx(0.56)], [4, pytest.approx(0.54)]]
     for ax, share in [(robustness, 1), (mean_robustness, 0.5)]:
         of_ppo, of_mdpo = ax.collections
-        expected = [[0.25, 0.6], [0.5, 0.6], [0.5, 0.4], [0.5, 0.4]]
-        shown = sorted(of_ppo.get_offsets().tolist())
-        assert np.array(shown) == pytest.approx(np.array(sorted(expected)) * [share, 1])
-        assert len(of_mdpo.get_offsets()) == 4
-        assert set(of_ppo.get_sizes()) == {5, 20}
-
-
-def test_training(results):
-    """Distillation of the mutual methods; ratios of the sides; the slack in parts of 1 / (1 - gamma)."""
-    figure = theory.draw_training(theory.agents_of(results), results)
-    distillation, ratios, slack = figure.axes
-    assert points(distillation) == [[[1, 0.1875], [2, 0.1875]]]
-    for line, at_first in zip(points(ratios), [0, -2, -4, 0.25]):
-        assert line[0] == [1, at_first]
-    assert points(ratios)[2][1][1] == pytest.approx(np.mean([-2, -2, -1, -1, -2, -2 / 3, -1, -0.5]))
-    theorem_3_2, theorem_3_3, corollary, _ = points(slack)
-    assert theorem_3_2[0] == pytest.approx([0.0, 4.0])
-    assert theorem_3_3[0] == pytest.approx([0.0, 2.0 + 1])
-    assert corollary[3] == pytest.approx([0.5, (2.0 + 2) / 2])
+        assert [0.25 * share, pytest.approx(0.6)] in of_ppo.get_offsets().tolist()
+        assert len(of_ppo.get_offsets()) == 9 and len(of_mdpo.get_offsets()) == 12
+        assert set(of_ppo.get_sizes()) == {5, 10, 20}
 
 
 # The command.
@@ -282,7 +294,7 @@ def test_in_a_process_of_its_own(tmp_path):
 
 def test_files(made):
     expected = {NAME, "tables.md"}
-    for name in ("performance", "training", "renderings"):
+    for name in ("performance", "renderings"):
         expected |= {f"{name}.pdf", f"{name}.png"}
     assert {path.name for path in made.iterdir()} == expected
     result = json.loads((made / NAME).read_text())
@@ -307,7 +319,19 @@ def test_what_is_there_is_shown_and_not_made_again(made, small, tmp_path, capsys
     tables = (tmp_path / "tables.md").read_text()
     assert tables in out
     assert tables.index("| PPO | 2 | 1 |") < tables.index("| SPO | 2 | 1 |")
-    assert "| SPO | 2 | 0.000 (nan to nan) |" in tables
+    assert "| SPO | 2 | 0.000 | 0.000 |" in tables
+
+
+def test_tables_of_another_update(made, small, tmp_path, capsys):
+    """The folder's training has one update alone."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    last = (tmp_path / "tables.md").read_text()
+    run(tmp_path, "--iteration", "1")
+    assert (tmp_path / "tables.md").read_text() == last
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--iteration", "2")
+    assert stop.value.code == 2
+    assert "--iteration must be one of [1]" in capsys.readouterr().err
 
 
 def test_each_is_written_when_it_is_made(tmp_path, monkeypatch):
@@ -347,7 +371,7 @@ def test_order_of_the_trainings():
     ],
 )
 def test_bad_flags(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(theory, "run_jobs", None)
+    monkeypatch.setattr(theory, "train", None)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, *words.split())
     assert stop.value.code == 2
