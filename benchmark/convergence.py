@@ -1,9 +1,9 @@
 """Do representations converge? Encoders of agents that learned together, that never met, and of PPO.
 
 In each of several worlds (the MDP of theory.py, with 64 renderings of its own) each method is trained twice
-on the first n renderings. Two encoders see the same states, under the training renderings or under the others,
-and are compared by linear CKA and by how many nearest neighbours they agree on (robustness_eval.py). The
-agents of one training of MDPO are a pair; those of its two trainings have never met; those of PPO's two
+on the first n renderings. Two encoders see the same states, under the training renderings or under the
+others, and are compared by linear CKA and by how many nearest neighbours they agree on (robustness_eval.py).
+The agents of one training of MDPO are a pair; those of its two trainings have never met; those of PPO's two
 trainings are the baseline. What an agent reaches on each rendering is exact, as in theory.py.
 
 Each method, n and world is a file in the output folder; those that are there are not made again. Then it

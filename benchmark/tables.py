@@ -20,7 +20,8 @@ import pandas as pd
 import runs
 import tyro
 from helpers import fail, replacing
-from scipy.stats import rankdata, ttest_1samp, ttest_ind
+from scipy.stats import rankdata, ttest_1samp
+from scipy.stats import t as student
 
 MEASURES = {"train": "training levels", "test": "full distribution", "gap": "gap"}
 DISTANCES = {  # columns of robustness_eval.py's results.csv, of which older files lack the last
@@ -34,9 +35,9 @@ NUM_ACTIONS = 15  # Procgen's
 RESAMPLES = 2000  # of the bootstrap
 FEWEST_OF_A_MEAN = 3  # trainings that have an interval
 FEWEST_OF_A_CORRELATION = 5
-NOTE = """In parentheses 95 % intervals over seeds: Student's for means, Welch's for differences and for the
-logarithms of ratios, by bootstrap for correlations; none where there are too few seeds. A star is a
-difference that is significant at 5 % after Holm's correction over its algorithm's rows of the column.
+NOTE = """In parentheses 95 % intervals over seeds: Student's for means and with --paired, Welch's for other
+differences and the logarithms of ratios, by bootstrap for correlations; none where there are too few seeds.
+A star is a difference that is significant at 5 % after Holm's correction over its algorithm's rows.
 """
 
 
@@ -66,24 +67,29 @@ def mean_interval(values: np.ndarray) -> Interval:
     return Interval(values.mean(), low, high, test.pvalue)
 
 
-def difference_interval(values: np.ndarray, of_baseline: np.ndarray) -> Interval:
-    """Of the difference of the means of two methods, Welch's: their seeds have nothing in common. Both are
-    (number of trainings,), which may differ."""
-    middle = values.mean() - of_baseline.mean()
-    if min(len(values), len(of_baseline)) < FEWEST_OF_A_MEAN:
+def difference_interval(*pairs: tuple[np.ndarray, np.ndarray]) -> Interval:
+    """Of the difference of the means of two methods, Welch's, or of its mean over several pairs. All
+    trainings are independent. Each array is (number of trainings,), which may differ."""
+    middle = np.mean([values.mean() - of_baseline.mean() for values, of_baseline in pairs])
+    sizes = np.array([len(values) for pair in pairs for values in pair])
+    if min(sizes) < FEWEST_OF_A_MEAN:
         return Interval(middle)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        test = ttest_ind(values, of_baseline, equal_var=False)
-        low, high = test.confidence_interval(0.95)
-    return Interval(middle, low, high, test.pvalue)
+    variances = [values.var(ddof=1) for pair in pairs for values in pair]
+    squares = np.array(variances) / sizes
+    if not squares.any():
+        return Interval(middle)
+    error = math.sqrt(squares.sum()) / len(pairs)
+    freedom = squares.sum() ** 2 / (squares**2 / (sizes - 1)).sum()
+    low, high = student.interval(0.95, freedom, middle, error)
+    p = 2 * student.sf(abs(middle) / error, freedom)
+    return Interval(middle, low, high, p)
 
 
 def ratio_interval(values: np.ndarray, of_baseline: np.ndarray) -> Interval:
     """Of the ratio of geometric means, for what is skewed: difference_interval of logarithms. NaN if a value
     is not positive."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        *interval, p = difference_interval(np.log(values), np.log(of_baseline))
+        *interval, p = difference_interval((np.log(values), np.log(of_baseline)))
     return Interval(*np.exp(interval), p)
 
 
@@ -149,6 +155,8 @@ def markdown(rows: list[list[str]]) -> str:
 class Args(runs.Choice):
     robustness: Path | None = None
     """results.csv of robustness_eval.py, of the same runs"""
+    paired: bool = False
+    """compare runs of the same seed, where a seed chooses something that all algorithms share"""
     output: Path = Path("tables.md")
     """file for the tables"""
 
@@ -204,22 +212,35 @@ def in_order(agents: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     return agents.assign(place=place).sort_values(["game", "place", "seed"], kind="stable", ignore_index=True)
 
 
-def seed_values(agents: pd.DataFrame, name: str) -> np.ndarray:
-    """One column of an algorithm's agents, (number of seeds,): the mean over agents that learned together."""
-    return agents.groupby("seed")[name].mean().to_numpy()
+def seed_values(agents: pd.DataFrame, name: str) -> pd.Series:
+    """One column of an algorithm's agents, by seed: the mean over agents that learned together."""
+    return agents.groupby("seed")[name].mean()
 
 
-def mean_table(agents: pd.DataFrame, labels: dict[str, str], titles: dict[str, str], *keys: str) -> str:
+def compare(ours: pd.Series, theirs: pd.Series, ratio: bool, paired: bool) -> Interval:
+    """Values by seed: how far ours are from theirs, or how many times as large."""
+    if not paired:
+        pair = ours.to_numpy(), theirs.to_numpy()
+        return ratio_interval(*pair) if ratio else difference_interval(pair)
+    if not ratio:
+        return mean_interval((ours - theirs).dropna().to_numpy())
+    *interval, p = mean_interval(np.log(ours / theirs).dropna().to_numpy())
+    return Interval(*np.exp(interval), p)
+
+
+def mean_table(agents: pd.DataFrame, labels: dict[str, str], titles: dict[str, str], keys: list[str]) -> str:
     """The columns of titles of each algorithm, for each value of the columns `keys`."""
     rows = [[*keys, "algorithm", "seeds", *titles.values()]]
     for key, group in agents.groupby([*keys, "algorithm"], sort=False):
         *values, algorithm = key
-        intervals = [str(mean_interval(seed_values(group, name))) for name in titles]
+        intervals = [str(mean_interval(seed_values(group, name).to_numpy())) for name in titles]
         rows.append([*values, labels[algorithm], str(group.seed.nunique()), *intervals])
     return markdown(rows)
 
 
-def comparison_table(agents: pd.DataFrame, labels: dict[str, str], titles: dict[str, str], *keys: str) -> str:
+def comparison_table(
+    agents: pd.DataFrame, labels: dict[str, str], titles: dict[str, str], keys: list[str], paired: bool
+) -> str:
     """How far each algorithm is from the first of the labels in the columns of titles, for each value of the
     columns `keys`, over which Holm corrects."""
     first, *others = labels
@@ -229,15 +250,15 @@ def comparison_table(agents: pd.DataFrame, labels: dict[str, str], titles: dict[
     for algorithm in others:
         found = []
         columns = {name: [] for name in titles}
-        for key, group in agents.groupby(list(keys), sort=False):
+        for key, group in agents.groupby(keys, sort=False):
             ours = group[group.algorithm == algorithm]
             theirs = group[group.algorithm == first]
             if ours.empty or theirs.empty:
                 continue
             found.append([labels[algorithm], *key])
             for name in titles:
-                interval = ratio_interval if name in RATIOS else difference_interval
-                columns[name].append(interval(seed_values(ours, name), seed_values(theirs, name)))
+                pair = seed_values(ours, name), seed_values(theirs, name)
+                columns[name].append(compare(*pair, name in RATIOS, paired))
         starred = zip(*(star_holm(column) for column in columns.values()))
         rows += [[*head, *cells] for head, cells in zip(found, starred)]
     if len(rows) == 1:
@@ -259,7 +280,9 @@ def correlation_table(agents: pd.DataFrame, titles: dict[str, str]) -> str:
     return markdown(rows)
 
 
-def robustness_tables(agents: pd.DataFrame, robustness: pd.DataFrame, labels: dict[str, str]) -> str:
+def robustness_tables(
+    agents: pd.DataFrame, robustness: pd.DataFrame, labels: dict[str, str], paired: bool
+) -> str:
     """How much the policies change, and whether that goes with the gap. Prints which agents are not in the
     table of robustness."""
     joined = agents.merge(robustness, on="run")
@@ -269,8 +292,9 @@ def robustness_tables(agents: pd.DataFrame, robustness: pd.DataFrame, labels: di
         return "No agent of --robustness has a final test here.\n"
     titles = {name: title for name, title in DISTANCES.items() if name in joined}
     text = "## How much policy and encoding change\n\n"
-    text += f"{mean_table(joined, labels, titles, 'game', 'perturbation')}\n"
-    text += f"{comparison_table(joined, labels, titles, 'game', 'perturbation')}\n"
+    keys = ["game", "perturbation"]
+    text += f"{mean_table(joined, labels, titles, keys)}\n"
+    text += f"{comparison_table(joined, labels, titles, keys, paired)}\n"
     for game, group in joined.groupby("game"):
         text += f"## Rank correlation of that change with the returns and the gap: {game}\n\n"
         changes = {name: title for name, title in titles.items() if name != "kl_per_entropy"}
@@ -288,10 +312,10 @@ def main(args: Args):
     labels = runs.name_algorithms(data if args.algorithms else agents, args)
     runs.print_missing(data)
     agents = in_order(agents, labels)
-    tables = f"## Returns\n\n{mean_table(agents, labels, MEASURES, 'game')}\n"
-    tables += f"{comparison_table(agents, labels, MEASURES, 'game')}\n"
+    tables = f"## Returns\n\n{mean_table(agents, labels, MEASURES, ['game'])}\n"
+    tables += f"{comparison_table(agents, labels, MEASURES, ['game'], args.paired)}\n"
     if robustness is not None:
-        tables += robustness_tables(agents, robustness, labels)
+        tables += robustness_tables(agents, robustness, labels, args.paired)
     tables += NOTE
     with replacing(args.output) as path:
         path.write_text(tables, encoding="utf-8")

@@ -104,7 +104,7 @@ class Args:
     methods: tuple[MethodName, ...] = tuple(METHODS)
     """which ways to train"""
     num_train: Renderings = (2, 4, 8, 16)
-    """numbers of renderings to train on"""
+    """numbers of renderings to train on, and of the tables"""
     seeds: Count = 10
     """trainings of each method on each number of renderings"""
     total_timesteps: Annotated[int, (BATCH_SIZE, 2**31 - 1)] = 400_000
@@ -359,19 +359,18 @@ def difference_table(groups: dict, baseline: str) -> str:
         if method == baseline or not numbers:
             continue
         pairs = [(groups[method, number], groups[baseline, number]) for number in numbers]
-        by_number = {name: [difference(*pair, name) for pair in pairs] for name in MEASURES}
+        by_number = {name: [difference(name, pair) for pair in pairs] for name in MEASURES}
         starred = zip(*(star_holm(intervals) for intervals in by_number.values()))
         label = METHODS[method].label
         rows += [[label, str(number), *cells] for number, cells in zip(numbers, starred)]
         if len(numbers) > 1:
-            ours, theirs = (sum(trainings) / len(numbers) for trainings in zip(*pairs))
-            means = [str(difference(ours.dropna(), theirs.dropna(), name)) for name in MEASURES]
-            rows.append([label, "mean", *means])
+            rows.append([label, "mean", *(str(difference(name, *pairs)) for name in MEASURES)])
     return markdown(rows)
 
 
-def difference(trainings: pd.DataFrame, of_baseline: pd.DataFrame, name: str) -> Interval:
-    return difference_interval(trainings[name].to_numpy(), of_baseline[name].to_numpy())
+def difference(name: str, *pairs: tuple[pd.DataFrame, pd.DataFrame]) -> Interval:
+    """Of a measure, on one n or of the mean over several."""
+    return difference_interval(*((ours[name].to_numpy(), theirs[name].to_numpy()) for ours, theirs in pairs))
 
 
 def correlation_table(agents: pd.DataFrame) -> str:
@@ -478,6 +477,7 @@ def main(args: Args):
     design = DESIGN | {"total_timesteps": args.total_timesteps}
     results = make_results(train, design, args)
     agents = agents_of(results)
+    agents = agents[agents.num_train.isin(args.num_train)]
     last = agents[agents.iteration == (args.iteration or agents.iteration.max())]
     if last.empty:
         fail(f"--iteration must be one of {sorted(set(agents.iteration))}")

@@ -104,8 +104,8 @@ def test_a_world_gives_the_same_again_and_another_does_not(of_mdpo):
 
 
 def test_measures_of_an_agent():
-    """What theory.py measures is the same. The halves of the unseen renderings 2 to 5 are 2 and 4, 3 and 5. An
-    agent that is blind to its input is as robust as can be, and has no gap."""
+    """What theory.py measures is the same. The halves of the unseen renderings 2 to 5 are 2 and 4, 3 and 5.
+    An agent that is blind to its input is as robust as can be, and has no gap."""
     world = World(2, 0.8, 6, seed=5)
     torch.manual_seed(0)
     agent = theory.copy_script("ppo_procgen").Agent(channels=(8, 16, 16), obs_shape=(8, 8, 3))

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from common import ROOT, error_message
+from scipy.stats import ttest_ind
 from test_runs import MDPO, PPO, line, run_tool, write_run
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -30,11 +31,24 @@ def test_interval_of_a_difference():
     values that are sure add nearly nothing to what the few unsure ones leave open."""
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     half = 2.306 * np.sqrt(2 * 2.5 / 5)
-    found = tables.difference_interval(values + 2, values)
+    found = tables.difference_interval((values + 2, values))
     assert found[:3] == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
     few = np.array([0.0, 1.0, 2.0])
     many = np.linspace(-0.001, 0.001, 100)
-    assert tables.difference_interval(few, many) == pytest.approx(tables.mean_interval(few), abs=1e-3)
+    assert tables.difference_interval((few, many)) == pytest.approx(tables.mean_interval(few), abs=1e-3)
+
+
+def test_interval_of_a_mean_over_pairs():
+    """Twice the same pair is as far from 0, and as twice as many values it is surer: by hand, with 2 * 8
+    degrees of freedom. Of one pair it is scipy's."""
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = tables.difference_interval((values + 2, values), (values + 2, values))
+    half = 2.120 * np.sqrt(4 * 2.5 / 5) / 2
+    assert found[:3] == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
+    few = np.array([0.0, 1.0, 3.0])
+    test = ttest_ind(few, values, equal_var=False)
+    expected = [few.mean() - 3, *test.confidence_interval(0.95), test.pvalue]
+    assert tables.difference_interval((few, values)) == pytest.approx(expected)
 
 
 def test_interval_of_a_ratio():
@@ -43,7 +57,7 @@ def test_interval_of_a_ratio():
     middle, low, high, p = tables.ratio_interval(4 * values, values)
     assert middle == pytest.approx(4)
     assert low * high == pytest.approx(16) and low < 4
-    difference = tables.difference_interval(np.log(4 * values), np.log(values))
+    difference = tables.difference_interval((np.log(4 * values), np.log(values)))
     assert (np.log(high), p) == pytest.approx((difference.high, difference.p))
 
 
@@ -54,9 +68,9 @@ def test_few_trainings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert str(tables.mean_interval(two)) == "0.600"
-        assert str(tables.difference_interval(two, same)) == "0.500"
+        assert str(tables.difference_interval((two, same))) == "0.500"
         assert str(tables.mean_interval(same)) == "0.100 (0.100 to 0.100)"
-        middle, low, high, _ = tables.difference_interval(same, np.array([1.0, 2.0, 3.0]))
+        middle, low, high, _ = tables.difference_interval((same, np.array([1.0, 2.0, 3.0])))
     assert middle == pytest.approx(-1.9) and low < middle < high
 
 
@@ -308,6 +322,31 @@ def test_robustness_of_algorithms(curves, make, tmp_path):
     assert head[3:5] == ["KL / PPO's", "KL / missing entropy / PPO's"]
     ratio = f"{(0.2 * 0.4 / (0.6 * 1.0)) ** 0.5:.3f}"
     assert comparison == ["MDPO", "bigfish", "random-conv", ratio, ratio, "-0.250", "0.500"]
+
+
+def test_paired(make, tmp_path):
+    """Seeds are far apart, and within each MDPO is 2 better and has half the KL. A seed that only one has
+    does not count."""
+    rows = []
+    distances = {}
+    for seed in (1, 2, 3, 4):
+        rows += points(name_run(PPO, seed), train=10.0 * seed, test=0.0)
+        distances[name_run(PPO, seed)] = 0.1 * seed
+        if seed < 4:
+            rows += points(name_run(MDPO, seed, 1), train=10.0 * seed + 2 + 0.01 * seed, test=0.0)
+            distances[name_run(MDPO, seed, 1)] = 0.05 * seed
+    path = write_robustness(tmp_path / "results.csv", distances)
+    curves = write(tmp_path / "paired.csv", rows)
+    words = [curves, "--algorithms", PPO, MDPO, "--robustness", path]
+    _, rows = make(*words, "--paired")
+    half = 4.303 * 0.01 / 3**0.5
+    (returns,) = [row for row in rows if row[:2] == ["MDPO", "bigfish"] and len(row) == 5]
+    assert returns[2] == f"2.020 ({2.02 - half:.3f} to {2.02 + half:.3f}) *"
+    (ratios,) = [row for row in rows if row[:3] == ["MDPO", "bigfish", "random-conv"]]
+    assert ratios[3].startswith("0.500 (0.500 to 0.500)")
+    _, rows = make(*words)
+    (returns,) = [row for row in rows if row[:2] == ["MDPO", "bigfish"] and len(row) == 5]
+    assert returns[2].startswith("-2.980 (")
 
 
 def test_a_table_from_before_the_encoding_shift(curves, make, tmp_path):
