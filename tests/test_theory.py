@@ -397,3 +397,16 @@ def test_files_that_do_not_belong(content, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert NAME in error
     assert message in error
+
+
+def test_the_results_give_their_tables():
+    """The differences on the page, from the trainings beside them."""
+    folder = Path(theory.__file__).parent / "results/theory"
+    results = theory.read_results(folder, theory.DESIGN | {"total_timesteps": 400_000})
+    agents = theory.agents_of(results)
+    last = theory.groups_of(agents[agents.iteration == 97])
+    then = theory.groups_of(agents[(agents.iteration == 61) & (agents.num_train > 2)])
+    for baseline in ("ppo", "ppo_both"):
+        assert theory.difference_table(last, baseline) in (folder / "tables.md").read_text()
+        assert theory.difference_table(then, baseline) in (folder / "update_61.md").read_text()
+    assert theory.bound_table(results) in (folder / "tables.md").read_text()
