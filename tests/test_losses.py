@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from algorithm import CPU, make_small_probes, parameters_of
-from common import MUTUAL, SCRIPTS, TINY, make_batch
+from algorithm import CPU, agents_and_batches, make_small_probes, parameters_of
+from common import SCRIPTS, TINY, make_batch
 from torch.distributions import Categorical, kl_divergence
 
 # (ratio, advantage, clip_coef, loss, its derivative with respect to the ratio)
@@ -122,20 +122,6 @@ def test_mutual_kl_of_extreme_policies(mutual):
 
 
 # Updates.
-
-
-def agents_and_batches(script, num: int = 0, size: int = 16):
-    """As many as the script has by default, unless told. The pictures are small."""
-    if num == 0:
-        num = 2 if script.__name__ in MUTUAL else 1
-    torch.manual_seed(0)
-    agents = [script.Agent(channels=(4, 4, 4), obs_shape=(8, 8, 3)) for _ in range(num)]
-    batches = []
-    for seed, agent in enumerate(agents):
-        agent.actor.weight.data *= 300
-        batch = make_batch(script, size, seed)
-        batches.append(batch._replace(obs=batch.obs[:, :8, :8]))
-    return agents, batches
 
 
 def one_step_args(script, size: int = 16, **settings):
