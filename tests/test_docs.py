@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,30 +38,16 @@ def anchors_of(page: Path) -> set[str]:
     return anchors
 
 
-def dead_links(page: Path) -> list[str]:
-    """Those to files that are not there, pictures too, and to headings that no page has."""
-    dead = []
+@ON_EVERY_PAGE
+def test_links_lead_somewhere(page):
+    """To files that are there, pictures too, and to headings."""
     for link in re.findall(r"\]\(([^)]+)\)", without_blocks(page.read_text())):
         if link.startswith("https://"):
             continue
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
-        if not target.exists() or (anchor and anchor not in anchors_of(target)):
-            dead.append(link)
-    return dead
-
-
-@ON_EVERY_PAGE
-def test_links_lead_somewhere(page):
-    assert dead_links(page) == []
-
-
-def test_a_dead_link_is_found(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "# A heading\n[a](#a-heading) [b](#another) [c](page.md) ![d](no.png)\n```\n[e](no.md)\n```\n"
-    )
-    assert dead_links(page) == ["#another", "no.png"]
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
 
 
 def test_the_readme_is_one_page_and_links_to_the_others():
@@ -133,13 +120,9 @@ def test_commands_are_understood(page, place):
         understand(command)
 
 
-def test_commands_are_found_and_wrong_ones_are_not_understood(place):
+def test_commands_are_found():
     found = [command for page in PAGES for command in commands_of(page)]
-    assert {"ppo_procgen.py", "mdpo_procgen.py"} <= {word for command in found for word in command.split()}
     assert len(found) > 20
-    for tool in ("ppo_procgen.py --no-such-flag", "benchmark/sweep.py -- --no-such-flag 1"):
-        with pytest.raises(SystemExit):
-            understand(f"python {tool}")
 
 
 # Flags and names.
@@ -151,8 +134,9 @@ SOURCES = [
 ]
 
 
+@cache
 def all_flags() -> set[str]:
-    """Of the training scripts and the tools: the fields of each class Args."""
+    """The fields of each class Args."""
     flags = {"--help"}
     for source in SOURCES:
         for node in ast.parse(source).body:
@@ -165,17 +149,13 @@ def all_flags() -> set[str]:
 
 
 @ON_EVERY_PAGE
-def test_flags_exist(page):
-    """Those that a piece of code in a sentence begins with."""
-    named = [flag for code in code_in(page.read_text()) for flag in re.findall(r"^--[a-z][\w-]*", code)]
-    assert set(named) - all_flags() == set()
-
-
-@ON_EVERY_PAGE
-def test_names_exist(page):
-    """A name_with_underscores between backticks stands somewhere in the code, or at the head of a table of
-    results."""
+def test_flags_and_names_exist(page):
+    """A flag that a piece of code in a sentence begins with is one of the training scripts or the tools. A
+    name_with_underscores stands somewhere in the code, or at the head of a table of results."""
     heads = [path.open().readline() for path in (ROOT / "benchmark/results").rglob("*.csv")]
-    code = "\n".join(SOURCES + heads)
-    names = [name for name in code_in(page.read_text()) if re.fullmatch(r"[a-z]+(_[a-z]+)+", name)]
-    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+    words = set(re.findall(r"\w+", "\n".join(SOURCES + heads)))
+    for code in code_in(page.read_text()):
+        for flag in re.findall(r"^--[a-z][\w-]*", code):
+            assert flag in all_flags()
+        if re.fullmatch(r"[a-z]+(_[a-z]+)+", code):
+            assert code in words

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import common
 import pytest
 import torch
-from algorithm import CPU, make_small_probes, parameters_of
-from common import BOTH, SINGLE, TINY, agent_folders, load, load_agent, make_agents, make_batch, read_curves
+from algorithm import CPU, agents_and_batches, make_small_probes, parameters_of
+from common import BOTH, TINY, agent_folders, load, make_agents, read_curves
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
@@ -27,6 +27,14 @@ ONE_ITERATION = {"total_timesteps": BATCH_SIZE, "eval_interval": 0}
 def two(request, monkeypatch):
     """The script of one agent and that of several, on the probe."""
     script = importlib.import_module(request.param)
+    monkeypatch.setattr(script, "make_envs", make_small_probes)
+    return script
+
+
+@pytest.fixture
+def single(monkeypatch):
+    """Alone, for what all scripts share."""
+    script = importlib.import_module("ppo_procgen")
     monkeypatch.setattr(script, "make_envs", make_small_probes)
     return script
 
@@ -50,7 +58,7 @@ def train(script, folder, **settings):
 
 
 def weights_of(run_dir) -> list[dict]:
-    return [load_agent(path)["agent"] for path in sorted(run_dir.glob("**/agent.pt"))]
+    return [load(path)["agent"] for path in sorted(run_dir.glob("**/agent.pt"))]
 
 
 def curves_of(script, run_dir) -> list[dict]:
@@ -103,17 +111,15 @@ def assert_same_run(script, one, other):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "num_graphs"),  # of the loss, and of acting for each group of environments and test
+    ("name", "settings", "num_graphs"),  # of the loss, and of acting for each size of a group or test
     [
-        ("ppo_procgen", {}, 1 + 3),
         ("ppo_procgen", {"num_envs": 9, "total_timesteps": 288}, 1 + 4),
         ("mdpo_procgen", {"num_eval_envs": 8}, 1 + 2),
-        ("mdpo_procgen", {"num_agents": 3, "num_eval_envs": 8, "final_eval_episodes": 8}, 1 + 1),
     ],
 )
 def test_compilation_changes_no_result(name, settings, num_graphs, tmp_path, monkeypatch, capsys):
     """All of it happens before the first iteration, each function is one graph, the agents share theirs, and
-    nothing is compiled anew later."""
+    nothing is compiled anew later. With --no-compile nothing is compiled."""
     script = importlib.import_module(name)
     monkeypatch.setattr(script, "make_envs", make_small_probes)
     rollout = script.rollout
@@ -123,50 +129,14 @@ def test_compilation_changes_no_result(name, settings, num_graphs, tmp_path, mon
         at_rollouts.append(counters["stats"]["unique_graphs"])
         return rollout(*inputs)
 
-    with imitation_of_cuda(script), monkeypatch.context() as patch:
-        patch.setattr(script, "rollout", count_graphs)
+    monkeypatch.setattr(script, "rollout", count_graphs)
+    with imitation_of_cuda(script):
+        plain = train(script, tmp_path / "plain", compile=False, **settings)
         fast = train(script, tmp_path / "fast", **settings)
     assert "torch.compile is off" not in capsys.readouterr().out
-    assert at_rollouts == [num_graphs] * 2
+    assert at_rollouts == [0] * 2 + [num_graphs] * 2
     assert counters["stats"]["unique_graphs"] == num_graphs
-    assert_same_run(script, fast, train(script, tmp_path / "plain", **settings))
-
-
-def test_no_compile_compiles_nothing(two, tmp_path):
-    with imitation_of_cuda(two):
-        train(two, tmp_path, compile=False, **ONE_ITERATION)
-    assert counters["stats"]["unique_graphs"] == 0
-
-
-def test_many_agents_act_by_one_graph_for_each_size(two):
-    """torch.compile gives up, in silence, after eight for one function. And nobody waits for a backward pass,
-    or the results of the last call would never be overwritten."""
-
-    def unchanged(graph, inputs):
-        return graph
-
-    def refuse(graph, inputs):
-        raise RuntimeError("a forward pass with a backward pass to come")
-
-    backend = aot_autograd(fw_compiler=refuse, bw_compiler=refuse, inference_compiler=unchanged)
-    act = torch.compile(two.act, fullgraph=True, dynamic=False, backend=backend)
-    agents = [two.Agent(channels=(4, 4, 4), obs_shape=(8, 8, 3)) for _ in range(16)]
-    for size in (2, 3, 4):
-        for agent in agents:
-            act(agent, torch.zeros(size, 8, 8, 3, dtype=torch.uint8))
-    assert counters["stats"]["unique_graphs"] == 3
-
-
-def test_the_loss_compiles_with_bf16(two):
-    num = 1 if two.__name__ in SINGLE else 3
-    agents = make_agents(two, num)
-    mbs = [make_batch(two, 8, seed) for seed in range(num)]
-    for agent in agents:
-        agent.bf16 = True
-    compiled = torch.compile(two.compute_loss, fullgraph=True, backend="eager")
-    args = two.Args(device="cpu")
-    result = compiled(agents, mbs, args)
-    torch.testing.assert_close(result, two.compute_loss(agents, mbs, args), rtol=0.02, atol=0.01)
+    assert_same_run(script, fast, plain)
 
 
 def broken_compiler(graph, inputs):
@@ -178,20 +148,19 @@ def broken_compiler(graph, inputs):
     [broken_compiler, aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=broken_compiler)],
     ids=["forward", "backward"],
 )
-def test_without_a_compiler_the_run_goes_on(two, backend, tmp_path, capsys):
+def test_without_a_compiler_the_run_goes_on(single, backend, tmp_path, capsys):
     """One line says so, with the cause, and the weights are those of a run without."""
-    with imitation_of_cuda(two, backend):
-        run_dir = train(two, tmp_path / "broken")
+    with imitation_of_cuda(single, backend):
+        run_dir = train(single, tmp_path / "broken", **ONE_ITERATION)
     said = [line for line in capsys.readouterr().out.splitlines() if "compile" in line]
     assert len(said) == 1
     assert said[0].startswith("torch.compile is off: ")
     assert r"there is no\ncompiler" in said[0]
-    assert weights_of(run_dir)
-    plain = train(two, tmp_path / "plain")
+    plain = train(single, tmp_path / "plain", **ONE_ITERATION)
     assert common.same(weights_of(run_dir), weights_of(plain))
 
 
-def test_what_fails_with_a_graph_fails_at_the_start(two, tmp_path, monkeypatch, capsys):
+def test_what_fails_with_a_graph_fails_at_the_start(single, tmp_path, monkeypatch, capsys):
     """The first call of an agent in one size only compiles, the second records a graph, and the third is what
     all others are like."""
     calls = {}
@@ -201,47 +170,16 @@ def test_what_fails_with_a_graph_fails_at_the_start(two, tmp_path, monkeypatch, 
         calls[key] = calls.get(key, 0) + 1
         if calls[key] == 3:
             raise RuntimeError("no memory for a graph")
-        return two.act(agent, obs)
+        return single.act(agent, obs)
 
     def compile_nothing(function, mode=None, dynamic=None):
         return break_at_third if mode == "reduce-overhead" else function
 
-    with imitation_of_cuda(two):
+    with imitation_of_cuda(single):
         monkeypatch.setattr(torch, "compile", compile_nothing)
-        train(two, tmp_path, **ONE_ITERATION)
+        train(single, tmp_path, **ONE_ITERATION)
     assert "torch.compile is off: RuntimeError('no memory for a graph')" in capsys.readouterr().out
     assert sum(calls.values()) >= 3
-
-
-# The device
-
-
-@pytest.mark.parametrize(("num_gpus", "chosen"), [(0, "cpu"), (4, "cuda")])
-def test_auto_is_the_gpu_where_there_is_one(two, num_gpus, chosen, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    assert two.Args().device == chosen
-    assert two.Args(device="cpu").device == "cpu"
-
-
-def test_a_gpu_that_cannot_be_used(two, tmp_path, monkeypatch, capsys):
-    """One message with the cause and the remedy, and no run folder."""
-
-    def no_driver(*shape, device):
-        assert device.type == "cuda"
-        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040)")
-
-    monkeypatch.setattr(torch, "ones", no_driver)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        two.main(two.Args(**SETTINGS | {"device": "cuda"}))
-    assert end.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith(f"{two.__name__}.py: error: --device: this PyTorch cannot use a GPU here")
-    assert printed.err.count("\n") == 1
-    assert r"too old\n(found version 11040)" in printed.err
-    assert "`uv pip install --torch-backend=auto torch` or --device cpu" in printed.err
-    assert not list(tmp_path.iterdir())
 
 
 # Precision
@@ -272,16 +210,16 @@ def set_speed(script, monkeypatch, seconds, bf16_seconds):
         ([9, 1, 1, 1], [1.1, 1.1, 1.1, 1.1], False),
     ],
 )
-def test_the_faster_precision_is_measured(two, seconds, bf16_seconds, bf16, monkeypatch):
+def test_the_faster_precision_is_measured(single, seconds, bf16_seconds, bf16, monkeypatch):
     """And leaves the agent without gradients."""
-    (agent,) = make_agents(two, 1)
-    set_speed(two, monkeypatch, seconds, bf16_seconds)
-    assert two.bf16_is_faster(agent, torch.zeros(2, 64, 64, 3, dtype=torch.uint8)) == bf16
+    (agent,) = make_agents(single, 1)
+    set_speed(single, monkeypatch, seconds, bf16_seconds)
+    assert single.bf16_is_faster(agent, torch.zeros(2, 64, 64, 3, dtype=torch.uint8)) == bf16
     assert all(weight.grad is None for weight in agent.parameters())
 
 
 @pytest.mark.parametrize("emulated", [True, False])
-def test_a_gpu_is_asked_for_bf16(two, emulated, monkeypatch):
+def test_a_gpu_is_asked_for_bf16(single, emulated, monkeypatch):
     """Cards before Ampere say that they have bfloat16, and mean that they emulate it."""
 
     def is_bf16_supported(including_emulation=True):
@@ -289,50 +227,50 @@ def test_a_gpu_is_asked_for_bf16(two, emulated, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     obs = SimpleNamespace(is_cuda=True)
-    assert two.bf16_is_faster(None, obs) == (not emulated)
+    assert single.bf16_is_faster(None, obs) == (not emulated)
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_a_resumed_run_keeps_its_precision(two, bf16, tmp_path, monkeypatch, capsys):
-    """On a machine where the other is faster; its weights are those of a run that went on."""
-    fast, slow = ([1] * 4, [0.5] * 4) if bf16 else ([0.5] * 4, [1] * 4)
-    set_speed(two, monkeypatch, fast, slow)
-    run_dir = train(two, tmp_path / "half", bf16=None, total_timesteps=BATCH_SIZE)
+def test_a_resumed_run_keeps_its_precision(single, bf16, tmp_path, monkeypatch, capsys):
+    """On a machine where the other is faster."""
     precision = "cpu, the encoder in bfloat16" if bf16 else "cpu, the encoder in float32"
+    monkeypatch.setattr(single, "bf16_is_faster", lambda agent, obs: bf16)
+    run_dir = train(single, tmp_path, bf16=None, **ONE_ITERATION)
     assert precision in capsys.readouterr().out.splitlines()
     assert load(run_dir / "checkpoint.pt")["args"]["bf16"] is bf16
 
-    monkeypatch.setattr(two, "bf16_is_faster", lambda agent, obs: not bf16)
+    monkeypatch.setattr(single, "bf16_is_faster", lambda agent, obs: not bf16)
     words = ["--resume", run_dir, "--total-timesteps", 2 * BATCH_SIZE]
-    assert common.train(two, tmp_path / "half", *words) == 0
+    assert common.train(single, tmp_path, *words) == 0
     assert precision in capsys.readouterr().out.splitlines()
-    straight = train(two, tmp_path / "straight", bf16=bf16)
-    other = train(two, tmp_path / "other", bf16=not bf16)
-    assert common.same(weights_of(run_dir), weights_of(straight))
-    assert not common.same(weights_of(run_dir), weights_of(other))
-    decided = common.parse(two, tmp_path, "--resume", run_dir, "--no-bf16" if bf16 else "--bf16")
+    decided = common.parse(single, tmp_path, "--resume", run_dir, "--no-bf16" if bf16 else "--bf16")
     assert decided.bf16 is not bf16
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_flags_decide_the_precision(two, bf16, monkeypatch):
-    args = two.Args(**SETTINGS | {"bf16": bf16})
-    monkeypatch.setattr(two, "bf16_is_faster", lambda agent, obs: not bf16)
-    agents, _, _ = two.set_up(args, CPU)
+def test_flags_decide_the_precision(single, bf16, monkeypatch):
+    args = single.Args(**SETTINGS | {"bf16": bf16})
+    monkeypatch.setattr(single, "bf16_is_faster", lambda agent, obs: not bf16)
+    agents, _, _ = single.set_up(args, CPU)
     assert [agent.bf16 for agent in agents] == [bf16] * len(agents)
     assert args.bf16 is bf16
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_rollouts_are_of_the_newest_weights(two, bf16, tmp_path):
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+ON_CUDA = pytest.param("cuda", False, marks=needs_cuda)
+
+
+@pytest.mark.parametrize(("device", "bf16"), [("cpu", False), ("cpu", True), ON_CUDA])
+def test_rollouts_are_of_the_newest_weights(two, device, bf16, tmp_path):
     """And of the update's precision: with one minibatch and one epoch the ratio of an update is 1, in each
-    iteration, whatever the steps before."""
-    settings = {"num_minibatches": 1, "update_epochs": 1, "learning_rate": 0.01, "bf16": bf16}
-    run_dir = train(two, tmp_path, total_timesteps=6 * BATCH_SIZE, eval_interval=0, **settings)
+    iteration, whatever the steps before, also after a resumption."""
+    settings = {"num_minibatches": 1, "update_epochs": 1, "learning_rate": 0.01, "eval_interval": 0}
+    run_dir = train(two, tmp_path, total_timesteps=3 * BATCH_SIZE, device=device, bf16=bf16, **settings)
+    assert common.train(two, tmp_path, "--resume", run_dir, "--total-timesteps", 6 * BATCH_SIZE) == 0
     for curves in curves_of(two, run_dir):
         deviations = list(curves["losses/ratio_deviation"].values())
         assert len(deviations) == 6
-        assert max(deviations) < (0.02 if bf16 else 1e-5)
+        assert max(deviations) < (0.02 if bf16 else 1e-3)
         assert curves["losses/entropy"][6 * BATCH_SIZE] < 2.6  # so the policy has moved, from ln 15 = 2.71
 
 
@@ -367,26 +305,12 @@ def assert_same_update(script, agents, batches, one, other, device=CPU):
     assert moves[0] @ moves[1] > 0.9
 
 
-def agents_and_batches(script, device=CPU):
-    num = 1 if script.__name__ in SINGLE else 2
-    torch.manual_seed(0)
-    agents = [script.Agent(channels=(4, 4, 4), obs_shape=(16, 16, 3)).to(device) for _ in range(num)]
-    batches = []
-    for seed in range(num):
-        batch = make_batch(script, BATCH_SIZE, seed)
-        batch = batch._replace(obs=batch.obs[:, ::4, ::4].contiguous())
-        batches.append(script.Batch(*(column.to(device) for column in batch)))
-    return agents, batches
-
-
 def test_bf16_computes_the_same(two):
-    agents, batches = agents_and_batches(two)
+    agents, batches = agents_and_batches(two, size=BATCH_SIZE)
     assert_same_update(two, agents, batches, (two.compute_loss, True), (two.compute_loss, False))
 
 
 # On a GPU. Each of these fails with torch.compile or its graphs switched off.
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
 @pytest.fixture
@@ -440,33 +364,13 @@ def test_cuda_replays_graphs_in_a_run(two, tmp_path, replays, capsys):
 def test_cuda_compiles_the_loss_and_updates_the_same(two, bf16):
     device = torch.device("cuda")
     _, _, loss_function = on_cuda(two)
-    agents, batches = agents_and_batches(two, device)
+    agents, batches = agents_and_batches(two, size=BATCH_SIZE)
+    for agent in agents:
+        agent.to(device)
+    batches = [two.Batch(*(column.to(device) for column in batch)) for batch in batches]
     args = two.Args(device="cuda")
     assert any("triton" in name for name in kernels_of(lambda: loss_function(agents, batches, args)))
     assert_same_update(two, agents, batches, (loss_function, bf16), (two.compute_loss, False), device)
-
-
-@needs_cuda
-@pytest.mark.parametrize("bf16", [True, False])
-def test_cuda_graphs_act_for_the_newest_weights(two, bf16, replays):
-    """In all sizes, in turn; each call replays one graph."""
-    agents, policies, _ = on_cuda(two, bf16=bf16)
-    num = 0
-    for change in (0.0, 0.1, 0.2):
-        for size in (4 if two.__name__ in SINGLE else 8, 2, 3):
-            obs = torch.randint(256, (size, 16, 16, 3), dtype=torch.uint8, device="cuda")
-            for agent, policy in zip(agents, policies):
-                agent.critic.bias.data += change
-                replays.clear()
-                actions, logprobs, values = (result.clone() for result in policy(obs))
-                assert len(replays) == 1
-                logits, expected = agent(obs)
-                torch.testing.assert_close(values, expected, rtol=0.02, atol=0.02)
-                logprobs_of_all = logits.log_softmax(-1)
-                expected = logprobs_of_all.gather(-1, actions[:, None]).squeeze(-1)
-                torch.testing.assert_close(logprobs, expected, rtol=0.05, atol=0.05)
-                num += 1
-    assert num == 9 * len(agents)
 
 
 @needs_cuda
@@ -484,17 +388,3 @@ def test_cuda_graphs_sample_the_policy(two, replays):
         expected = agent.actor.bias.softmax(-1) * samples.numel()
         counts = samples.flatten().bincount(minlength=15)
         assert ((counts - expected) ** 2 / expected).sum() < 36.2  # the 0.1 % point, 14 degrees of freedom
-
-
-@needs_cuda
-def test_cuda_rollouts_are_of_the_newest_weights(two, tmp_path, replays):
-    """Also of those that a resumed run loads: see the test of that name above."""
-    settings = {"num_minibatches": 1, "update_epochs": 1, "learning_rate": 0.01, "eval_interval": 0}
-    run_dir = train(two, tmp_path, total_timesteps=3 * BATCH_SIZE, device="cuda", **settings)
-    assert common.train(two, tmp_path, "--resume", run_dir, "--total-timesteps", 6 * BATCH_SIZE) == 0
-    assert len(replays) > 6 * 2 * 17
-    for curves in curves_of(two, run_dir):
-        deviations = list(curves["losses/ratio_deviation"].values())
-        assert len(deviations) == 6
-        assert max(deviations) < 1e-3
-        assert curves["losses/entropy"][6 * BATCH_SIZE] < 2.6
