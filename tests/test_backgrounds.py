@@ -21,7 +21,7 @@ from robustness_eval import Game, find_fields, read_int
 
 GAME = Game("fruitbot", "easy")  # of 9 backgrounds
 SETTINGS = TINY | {"num_envs": 2, "eval_interval": 2, "final_eval_episodes": 2, "total_timesteps": 64}
-SHORT = "--num-envs 2 --num-steps 8 --num-minibatches 1 --total-timesteps 16 --channels 4 4 4"
+SHORT = "--num-envs 2 --num-steps 8 --num-minibatches 1 --total-timesteps 16 --final-eval-episodes 2"
 
 
 def make_few(number: int, seed: int):
