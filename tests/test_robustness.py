@@ -442,9 +442,10 @@ def test_rows_of_labels_and_agents(states):
     assert (of_b["trainings"], of_b["agents"], second["trainings"], second["agents"]) == (2, 3, 1, 1)
     assert (of_b["states"], of_b["copies"], of_b["episodes"]) == (6, 3, 2)
     assert of_b["return_clean"] != of_b["return_perturbed"]
-    for measure in ("kl_mean", "return_clean"):
+    for measure in ("return_clean", "kl_mean"):
         pair = (first[measure] + second[measure]) / 2
         assert of_b[measure] == pytest.approx((pair + other[measure]) / 2)
+    assert of_b["kl_between_trainings"] == pytest.approx(abs(pair - other["kl_mean"]) / 2**0.5)
 
 
 def test_the_return_is_of_one_whole_episode_under_one_draw(clocks, monkeypatch):
