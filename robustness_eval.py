@@ -137,20 +137,14 @@ class Game(NamedTuple):
 
 class Checkpoint(NamedTuple):
     """What an agent.pt holds. args: of the training script. global_step: environment steps that made the
-    agent, None where the file does not say."""
+    agent, None where the file does not say. label: of its row in tables."""
 
     path: Path
     script: str
     args: dict
     global_step: int | None
     agent: Agent
-
-
-class Policy(NamedTuple):
-    """An agent among those to be measured."""
-
-    label: str
-    checkpoint: Checkpoint
+    label: str = ""
 
 
 class Setup(NamedTuple):
@@ -181,11 +175,7 @@ def read_agent(path: Path) -> Checkpoint:
         raise ValueError(f"cannot read {path}: it is damaged, or another kind of file") from error
     needed = {"script", "args", "agent"}
     if not isinstance(content, dict) or not needed <= content.keys():
-        message = f"{path} is no agent.pt"
-        for instead in (path.with_name("agent.pt"), path.with_name("agent_1") / "agent.pt"):
-            if instead.exists():
-                message += f"; {instead} would do"
-        raise ValueError(message)
+        raise ValueError(f"{path} is no agent.pt, which a run has beside checkpoint.pt or in agent_1")
     args = content["args"]
     try:
         agent = Agent(NUM_ACTIONS, args["channels"])
@@ -200,11 +190,11 @@ def read_agent(path: Path) -> Checkpoint:
     return Checkpoint(path, content["script"], args, steps, agent)
 
 
-def default_label(script: str, exp_name: str) -> str:
+def default_label(checkpoint: Checkpoint) -> str:
     """PPO; of ppo_procgen+wide, as benchmark/sweep.py names a variant, "PPO, wide"."""
-    algorithm = script.removesuffix("_procgen").upper()
-    before, _, variant = exp_name.partition("+")
-    return f"{algorithm}, {variant}" if before == script and variant else algorithm
+    algorithm = checkpoint.script.removesuffix("_procgen").upper()
+    before, _, variant = checkpoint.args.get("exp_name", "").partition("+")
+    return f"{algorithm}, {variant}" if before == checkpoint.script and variant else algorithm
 
 
 def training_of(path: Path) -> Path:
@@ -213,15 +203,13 @@ def training_of(path: Path) -> Path:
     return folder.parent if folder.name.startswith("agent_") else path.resolve()
 
 
-def read_policies(args: Args, device) -> dict[Game, list[Policy]]:
+def read_checkpoints(args: Args, device) -> dict[Game, list[Checkpoint]]:
     """All agents that --checkpoints names, by game, in the order of the command line. One that is found twice
     under one label counts once. ValueError for a file that does not fit."""
     labels = args.labels or [""] * len(args.checkpoints)
     found = {}
     for given, label in zip(args.checkpoints, labels):
-        paths = [given]
-        if given.is_dir():
-            paths = sorted(given.rglob("agent.pt"))
+        paths = sorted(given.rglob("agent.pt")) if given.is_dir() else [given]
         if not paths:
             raise ValueError(f"there is no agent.pt in the folder {given}")
         for path in paths:
@@ -230,13 +218,11 @@ def read_policies(args: Args, device) -> dict[Game, list[Policy]]:
     for (_, label), path in found.items():
         checkpoint = read_agent(path)
         checkpoint.agent.to(device)
-        training = checkpoint.args
-        game = Game(training["env_id"], training["distribution_mode"])
+        game = Game(checkpoint.args["env_id"], checkpoint.args["distribution_mode"])
         if game.env_id not in ENV_NAMES:
             raise ValueError(f"{path} is for {game.env_id}, which is no game of Procgen")
-        label = label or default_label(checkpoint.script, training.get("exp_name", ""))
-        policy = Policy(label, checkpoint)
-        games.setdefault(game, []).append(policy)
+        label = label or default_label(checkpoint)
+        games.setdefault(game, []).append(checkpoint._replace(label=label))
     return games
 
 
@@ -310,12 +296,8 @@ def color_jitter(obs, jitter):
 def hue_rotation(turns):
     """Rotations of RGB about its grey axis, a third of a turn from red to green: turns (B, 1, 1), in whole
     turns; returns (B, 3, 3)."""
-    cross = [  # product with (1, 1, 1)
-        [0.0, -1.0, 1.0],
-        [1.0, 0.0, -1.0],
-        [-1.0, 1.0, 0.0],
-    ]
-    cross = torch.tensor(cross, device=turns.device)
+    gray = torch.ones(3, 3, device=turns.device)
+    cross = torch.linalg.cross(torch.eye(3, device=turns.device), gray)
     angles = 2 * math.pi * turns
     return torch.matrix_exp(angles * cross / math.sqrt(3))
 
@@ -442,36 +424,30 @@ def play(setup: Setup, agent: Agent, envs, active, view, rng):
 
 
 def gather_states(setup: Setup, agents: list[Agent]) -> States:
-    """What the agents meet on test levels: as many states from each."""
+    """What the agents meet on test levels, as many states from each: one in each of its environments, at a
+    random one of the first steps."""
     num = math.ceil(setup.args.num_states / len(agents))
-    obs = []
+    gathered = np.zeros((len(agents), num, 64, 64, 3), np.uint8)
     saves = []
     for i, agent in enumerate(tqdm(agents, "states", disable=None)):
         rng = generator(setup, f"states of agent {i}")
-        met = meet_states(setup, agent, num, rng)
-        obs.append(met.obs)
-        saves += met.saves
-    return States(torch.cat(obs), saves)
-
-
-def meet_states(setup: Setup, agent: Agent, num: int, rng) -> States:
-    """Of one agent: a state from each of num environments, at a random one of its first steps."""
-    envs = make_test_envs(setup.game, num, rng)
-    times = rng.integers(GATHERING_STEPS, size=num)
-    active = np.ones(num, bool)
-    obs = np.zeros((num, 64, 64, 3), np.uint8)
-    saves = [b""] * num
-    steps = play(setup, agent, envs, active, None, rng)
-    for step, (_, pictures, _) in enumerate(steps):
-        due = np.flatnonzero(times == step)
-        if len(due) > 0:
-            saved = envs.get_state()
-            for i in due:
-                obs[i] = pictures[i]
-                saves[i] = saved[i]
-            active[due] = False
-    envs.close()
-    return States(torch.from_numpy(obs), saves)
+        envs = make_test_envs(setup.game, num, rng)
+        times = rng.integers(GATHERING_STEPS, size=num)
+        active = np.ones(num, bool)
+        of_agent = [b""] * num
+        steps = play(setup, agent, envs, active, None, rng)
+        for step, (_, obs, _) in enumerate(steps):
+            due = np.flatnonzero(times == step)
+            if len(due) > 0:
+                gathered[i, due] = obs[due]
+                saved = envs.get_state()
+                for j in due:
+                    of_agent[j] = saved[j]
+                active[due] = False
+        envs.close()
+        saves += of_agent
+    obs = torch.from_numpy(gathered).flatten(0, 1)
+    return States(obs, saves)
 
 
 def play_returns(name: str, setup: Setup, agents: list[Agent]) -> np.ndarray:
@@ -625,13 +601,18 @@ def distinct(values: list) -> str:
     return ", ".join(dict.fromkeys(map(str, values)))
 
 
-def score(setup: Setup, policies: list[Policy], states: States):
+def members_of(checkpoints: list[Checkpoint]) -> dict[str, list[int]]:
+    """For each label the indices of its agents."""
+    members = {}
+    for i, checkpoint in enumerate(checkpoints):
+        members.setdefault(checkpoint.label, []).append(i)
+    return members
+
+
+def score(setup: Setup, checkpoints: list[Checkpoint], states: States):
     """Yields for each perturbation its rows of numbers: for each label a row over its agents, then one for
     each of them."""
-    agents = [policy.checkpoint.agent for policy in policies]
-    by_label = {}
-    for i, policy in enumerate(policies):
-        by_label.setdefault(policy.label, []).append(i)
+    agents = [checkpoint.agent for checkpoint in checkpoints]
     returns = {}
     if "return" in setup.args.tests:
         returns["clean"] = play_returns("clean", setup, agents)
@@ -640,27 +621,26 @@ def score(setup: Setup, policies: list[Policy], states: States):
         if returns:
             returns["perturbed"] = play_returns(name, setup, agents)
         rows = []
-        for label, members in by_label.items():
-            key = setup.game._asdict() | {"perturbation": name, "label": label}
-            numbers = summarize_all(policies, members, values, returns)
-            rows.append(key | {"checkpoint": "all"} | numbers)
-            for i in members:
-                numbers = summarize_all(policies, [i], values, returns)
-                path = str(policies[i].checkpoint.path)
-                rows.append(key | {"checkpoint": path} | numbers)
+        for label, members in members_of(checkpoints).items():
+            of_rows = {"all": members}
+            of_rows |= {str(checkpoints[i].path): [i] for i in members}
+            for checkpoint, indices in of_rows.items():
+                row = {"perturbation": name, "label": label, "checkpoint": checkpoint}
+                numbers = summarize_all(checkpoints, indices, values, returns)
+                rows.append(setup.game._asdict() | row | numbers)
         yield rows
 
 
-def summarize_all(policies: list[Policy], members: list[int], values: dict, returns: dict) -> dict:
-    """Of those of the policies with these indices: whose numbers they are, and the numbers."""
-    checkpoints = [policies[i].checkpoint for i in members]
-    trainings = [training_of(checkpoint.path) for checkpoint in checkpoints]
+def summarize_all(checkpoints: list[Checkpoint], members: list[int], values: dict, returns: dict) -> dict:
+    """Of those of the checkpoints with these indices: whose numbers they are, and the numbers."""
+    chosen = [checkpoints[i] for i in members]
+    trainings = [training_of(checkpoint.path) for checkpoint in chosen]
     _, num_states, copies = values["kl"].shape
     row = {
         "trainings": len(set(trainings)),
         "agents": len(members),
-        "seed": distinct([checkpoint.args.get("seed", "unknown") for checkpoint in checkpoints]),
-        "global_step": distinct([checkpoint.global_step or "unknown" for checkpoint in checkpoints]),
+        "seed": distinct([checkpoint.args.get("seed", "unknown") for checkpoint in chosen]),
+        "global_step": distinct([checkpoint.global_step or "unknown" for checkpoint in chosen]),
         "states": num_states,
         "copies": copies,
     }
@@ -677,7 +657,7 @@ def summarize_all(policies: list[Policy], members: list[int], values: dict, retu
 
 
 def measures_of(row: dict) -> list[str]:
-    """Those that it has: without the return test there is no return."""
+    """Without the return test there is no return."""
     return [measure for measure in MEASURES if f"{measure}_mean" in row]
 
 
@@ -718,47 +698,44 @@ def draw_copies(setup: Setup, state: States) -> Figure:
     """Perturbed copies of one observation, a row for each perturbation, in it the observation first (figures
     14 and 15)."""
     numbers = count_copies(setup, SHOWN_COPIES)
-    size = 64 + 4  # with a margin
-    mosaic = np.full((len(numbers), size, 1 + SHOWN_COPIES, size, 3), 255, np.uint8)
-    for i, (name, copies) in enumerate(numbers.items()):
+    rows = []
+    for name, copies in numbers.items():
         (seen,) = show_copies(name, setup, state, copies)
         images = seen.round().byte().cpu().numpy()
-        mosaic[i, 2:66, : len(images), 2:66] = images.swapaxes(0, 1)
-    height = 1.1 * len(numbers) + 0.4
+        missing = SHOWN_COPIES - copies
+        margins = [(0, missing), (2, 2), (2, 2), (0, 0)]
+        framed = np.pad(images, margins, constant_values=255)
+        rows.append(np.hstack(framed))
+    height = 1.1 * len(rows) + 0.4
     figure = Figure(figsize=(12, height), dpi=80, layout="constrained")
     axis = figure.subplots()
-    axis.imshow(mosaic.reshape(len(numbers) * size, -1, 3))
-    middles = size * np.arange(len(numbers)) + size / 2
+    axis.imshow(np.vstack(rows))
+    middles = 68 * np.arange(len(rows)) + 34
     axis.set_yticks(middles, numbers, fontsize=12)
     axis.set(xticks=[], frame_on=False)
     axis.set_title(f"{setup.game}: one observation and its perturbed copies")
     return figure
 
 
-def draw_tsne(name: str, copies: int, setup: Setup, policies: list[Policy], state: States):
+def draw_tsne(name: str, copies: int, setup: Setup, checkpoints: list[Checkpoint], state: States):
     """t-SNE of what all encoders make of one observation and its copies, in one embedding (figure 4): a color
-    for each label."""
+    for each label, a star for the observation."""
     (seen,) = show_copies(name, setup, state, copies)
-    encodings = []
-    for policy in policies:
-        of_agent, _ = look(policy.checkpoint.agent, seen)
-        encodings.append(of_agent.cpu())
-    encodings = torch.cat(encodings).numpy()
+    encodings = [look(checkpoint.agent, seen)[0] for checkpoint in checkpoints]
+    encodings = torch.cat(encodings).cpu().numpy()
     perplexity = min(30, (len(encodings) - 1) / 3)  # what t-SNE allows for few points
     tsne = TSNE(perplexity=perplexity, init="random", random_state=setup.args.seed)
-    embedding = tsne.fit_transform(encodings)
-    labels = [policy.label for policy in policies]
-    names = list(dict.fromkeys(labels))
+    embedding = tsne.fit_transform(encodings).reshape(len(checkpoints), 1 + copies, 2)
     figure = Figure(figsize=(7.5, 5), dpi=100, layout="constrained")
     axis = figure.subplots()
-    for label, points in zip(labels, np.split(embedding, len(policies))):
-        x, y = points.T
-        style = {"color": f"C{names.index(label)}", "label": label}
-        axis.plot(x[1:], y[1:], "o", alpha=0.5, **style)
-        axis.plot(x[0], y[0], "*", markersize=18, markeredgecolor="black", **style)
-    handles, labels = axis.get_legend_handles_labels()
-    by_label = dict(zip(labels, handles))
-    figure.legend(by_label.values(), by_label.keys(), loc="outside right upper")
+    for label, members in members_of(checkpoints).items():
+        points = embedding[members]
+        x, y = points[:, 1:].reshape(-1, 2).T
+        (drawn,) = axis.plot(x, y, "o", alpha=0.5, label=label)
+        color = drawn.get_color()
+        x, y = points[:, 0].T
+        axis.plot(x, y, "*", color=color, markersize=18, markeredgecolor="black")
+    figure.legend(loc="outside right upper")
     axis.set_title(f"{setup.game}: encodings of one observation and {copies} copies", fontsize=10)
     axis.set(xlabel=f"t-SNE 1, {name}", ylabel="t-SNE 2", xticks=[], yticks=[])
     return figure
@@ -771,8 +748,8 @@ def draw_scores(game: Game, rows: list[dict]) -> Figure:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     width = 0.8 / len(labels)
     figure = Figure(figsize=(14, 7.5), dpi=100, layout="constrained")
-    axes = figure.subplots(2, 3).flat
-    for measure, axis in zip(measures_of(rows[0]), axes):
+    for number, measure in enumerate(measures_of(rows[0]), 1):
+        axis = figure.add_subplot(2, 3, number)
         for i, label in enumerate(labels):
             of_label = [row for row in rows if row["label"] == label]
             heights = np.array([row[f"{measure}_mean"] for row in of_label], float)  # None becomes nan
@@ -782,15 +759,13 @@ def draw_scores(game: Game, rows: list[dict]) -> Figure:
             axis.bar(x, heights, width, yerr=errors, capsize=3, label=label)
         axis.set_xticks(range(len(names)), names, rotation=15)
         axis.set_title(MEASURES[measure])
-    for axis in axes:  # there is no return
-        axis.remove()
-    handles, _ = figure.axes[0].get_legend_handles_labels()
+    handles, _ = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.suptitle(f"{game}: mean ± standard error over states or episodes, not over seeds")
     return figure
 
 
-def draw_game(setup: Setup, policies: list[Policy], states: States, rows: list[dict]):
+def draw_game(setup: Setup, checkpoints: list[Checkpoint], states: States, rows: list[dict]):
     """The pictures of one game, {name: Figure}, those of one observation of the one that varies most, so that
     it is not all dark."""
     variation = states.obs.flatten(1).float().std(dim=1)
@@ -800,7 +775,7 @@ def draw_game(setup: Setup, policies: list[Policy], states: States, rows: list[d
     figures = {f"copies_{game}": draw_copies(setup, state), f"scores_{game}": draw_scores(setup.game, rows)}
     for name, copies in count_copies(setup, TSNE_COPIES).items():
         if copies > 1:
-            figures[f"tsne_{game}"] = draw_tsne(name, copies, setup, policies, state)
+            figures[f"tsne_{game}"] = draw_tsne(name, copies, setup, checkpoints, state)
             break
     return figures
 
@@ -835,7 +810,7 @@ def main(args: Args):
     folder = args.output or Path(f"robustness/{int(time.time())}-{os.getpid()}")
     flag = "--checkpoints"
     try:
-        games = read_policies(args, device)
+        games = read_checkpoints(args, device)
         flag = "--output"
         folder.mkdir(parents=True)
     except (OSError, ValueError) as error:
@@ -843,23 +818,22 @@ def main(args: Args):
         sys.exit(2)
     rows = []
     to_draw = []
-    for game, policies in games.items():
-        for label, checkpoint in policies:
+    for game, checkpoints in games.items():
+        for checkpoint in checkpoints:
             steps = checkpoint.global_step or "an unknown number of"
-            print(f"{game}, {label}: {checkpoint.path}, {steps} steps")
+            print(f"{game}, {checkpoint.label}: {checkpoint.path}, {steps} steps")
         setup = Setup(game, args, device)
-        states = gather_states(setup, [policy.checkpoint.agent for policy in policies])
+        states = gather_states(setup, [checkpoint.agent for checkpoint in checkpoints])
         of_game = []
-        for new_rows in score(setup, policies, states):
+        for new_rows in score(setup, checkpoints, states):
             of_game += new_rows
             write_results(folder, args, rows + of_game)
             print(f"{game}, {new_rows[0]['perturbation']}: numbers in {folder}", flush=True)
         rows += of_game
-        to_draw.append((setup, policies, states, of_game))
+        to_draw.append((setup, checkpoints, states, of_game))
     print(f"\n{markdown(rows)}")
     for of_game in to_draw:
-        figures = draw_game(*of_game)
-        for name, figure in figures.items():
+        for name, figure in draw_game(*of_game).items():
             figure.savefig(folder / f"{name}.png")
     print(f"finished: {folder}")
 

@@ -7,7 +7,6 @@ Actions are sampled from the policy.
 """
 
 import importlib.util
-import math
 import re
 import subprocess
 from collections.abc import Iterable
@@ -34,29 +33,20 @@ PARALLEL = 64  # episodes under way when returns are measured
 SIZE = 512  # height and width of Procgen's full rendering
 WIDTH = SIZE + 8  # of an agent's part of a frame: a gap on the right
 HEIGHT = SIZE + 72  # two lines of text above
-COLUMNS = 4  # agents side by side; more begin another row
 FRAMES_PER_SECOND = 15
 
 
 @tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
 @dataclass
 class Args:
-    checkpoints: tuple[Path, ...]
-    """agent.pt files of one game, from any of the scripts"""
-    levels: str = ""
-    """FIRST:END: measure returns on the levels from FIRST to END - 1"""
-    episodes_per_level: Count = 1
-    """of --levels, all whole"""
-    csv: Path | None = None
-    """table of --levels, a row for each agent and level"""
-    video: Path | None = None
-    """FILE.mp4 of --levels; without --levels videos/GAME.mp4, of three levels from 10000 on"""
-    max_steps: Annotated[int, (1, 10_000)] = 300
-    """longer episodes are cut in the video"""
-    distribution_mode: Literal["easy", "hard", "extreme", "memory"] | None = None
-    """by default the agents' own"""
-    seed: CountOrZero = 0
-    """of the actions"""
+    checkpoints: tuple[Path, ...]  # agent.pt files of one game, from any of the scripts
+    levels: str = ""  # FIRST:END: measure returns on the levels from FIRST to END - 1
+    episodes_per_level: Count = 1  # of --levels, all whole
+    csv: Path | None = None  # table of --levels, a row for each agent and level
+    video: Path | None = None  # FILE.mp4 of --levels; else videos/GAME.mp4, of three levels from 10000 on
+    max_steps: Annotated[int, (1, 10_000)] = 300  # longer episodes are cut in the video
+    distribution_mode: Literal["easy", "hard", "extreme", "memory"] | None = None  # else the agents' own
+    seed: CountOrZero = 0  # of the actions
 
     def __post_init__(self):
         check_limits(self)
@@ -79,13 +69,10 @@ def parse_levels(text: str) -> range:
 
 
 class Episode:
-    """An episode in an environment of its own.
+    """An episode in an environment of its own: those of one ProcgenGym3Env would draw from a range of levels.
 
-    The environments of one ProcgenGym3Env share a range of levels and draw from it. A ProcgenGym3Env of one
-    environment and one level costs 2 ms, and 64 of them step about as fast as one with 64 environments.
-
-    `level`, as Procgen says; `obs`, uint8 (1, 64, 64, 3); `steps` done; `total`, the sum of the raw rewards;
-    `over`; `picture`, uint8 (512, 512, 3), the last before the end, if it is rendered.
+    `obs`, uint8 (1, 64, 64, 3); `steps` done; `total`, the sum of the raw rewards; `over`; `picture`, uint8
+    (512, 512, 3), the last before the end, if it is rendered.
     """
 
     def __init__(self, game: TrainingArgs, level: int, render_mode: str | None = None):
@@ -99,10 +86,9 @@ class Episode:
             num_threads=0,
             render_mode=render_mode,
         )
-        info = self.env.get_info()[0]
-        self.level = int(info["level_seed"])
-        self.picture = info.get("rgb")
+        self.level = level
         self.obs = self.env.observe()[1]["rgb"]
+        self.picture = self.env.get_info()[0].get("rgb")
         self.steps = 0
         self.total = 0.0
         self.over = False
@@ -124,9 +110,6 @@ def sample_actions(agent: Agent, obs: np.ndarray) -> list[int]:
     device = next(agent.parameters()).device
     logits, _ = agent(torch.from_numpy(obs).to(device))
     return torch.distributions.Categorical(logits=logits).sample().tolist()
-
-
-# Returns on chosen levels.
 
 
 def measure(checkpoint: Checkpoint, game: TrainingArgs, levels: range, repeats: int) -> pd.DataFrame:
@@ -159,23 +142,17 @@ def summarize(table: pd.DataFrame) -> str:
     return f"{words}, length {table.mean_length.mean():.4g}"
 
 
-# Videos.
-
-
 def draw_frame(titles: list[str], episodes: list[Episode]) -> Image.Image:
-    """All agents in a grid, row by row."""
-    rows = math.ceil(len(titles) / COLUMNS)
-    frame = Image.new("RGB", (min(len(titles), COLUMNS) * WIDTH, rows * HEIGHT))
+    """All agents side by side."""
+    frame = Image.new("RGB", (len(titles) * WIDTH, HEIGHT))
+    draw = ImageDraw.Draw(frame)
     for number, (title, episode) in enumerate(zip(titles, episodes)):
-        row, column = divmod(number, COLUMNS)
-        left = column * WIDTH
-        bottom = (row + 1) * HEIGHT
-        frame.paste(Image.fromarray(episode.picture), (left, bottom - SIZE))
-        text = f"{title}\nlevel {episode.level}, return {episode.total:g}"
-        if episode.over:
-            text += ", end"
+        left = number * WIDTH
+        frame.paste(Image.fromarray(episode.picture), (left, HEIGHT - SIZE))
+        end = ", end" if episode.over else ""
+        text = f"{title}\nlevel {episode.level}, return {episode.total:g}{end}"
         font = ImageFont.load_default(min(26, 950 / len(title)))  # so that it fits
-        ImageDraw.Draw(frame).text((left + 6, bottom - HEIGHT + 6), text, font=font)
+        draw.text((left + 6, 6), text, font=font)
     return frame
 
 
@@ -208,7 +185,7 @@ def write_video(path: Path, frames: Iterable[Image.Image]):
     """And its beginning as a GIF beside it: 20 seconds, or as many as 3 MB hold."""
     ffmpeg = [find_ffmpeg(), "-loglevel", "error", "-y"]
     with replacing(path) as unfinished:
-        source = ["-f", "image2pipe", "-c:v", "ppm", "-r", str(FRAMES_PER_SECOND), "-i", "-"]
+        source = f"-f image2pipe -c:v ppm -r {FRAMES_PER_SECOND} -i -".split()
         target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", str(unfinished)]
         with subprocess.Popen(ffmpeg + source + target, stdin=subprocess.PIPE) as process:
             for frame in frames:
@@ -233,8 +210,8 @@ def describe(checkpoint: Checkpoint) -> str:
 
 
 def find_game(checkpoints: list[Checkpoint], mode: str | None) -> TrainingArgs:
-    """The game and distribution mode of all agents; `mode` takes the place of their own. Raises ValueError
-    if they differ, or if the game does not have that mode."""
+    """The game of all agents; `mode` takes the place of their own. ValueError if they differ, or if the game
+    does not have that mode."""
     games = {(each.args["env_id"], mode or each.args["distribution_mode"]) for each in checkpoints}
     if len(games) > 1:
         words = ", ".join(sorted(map(" ".join, games)))
