@@ -28,6 +28,7 @@ The paper's number of copies, on a GPU:
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -87,6 +88,14 @@ MEASURES = {
     "action_changes": "greedy actions that change",
     "encoding_shift": "encoding shift",
     "return_kept": "return that is kept",
+}
+
+# Of two agents: on the observations, and on a copy of each.
+LIKENESS = {
+    "cka": "CKA",
+    "neighbours": "neighbours",
+    "cka_copies": "CKA, copies",
+    "neighbours_copies": "neighbours, copies",
 }
 
 NUM_ACTIONS = 15
@@ -514,6 +523,7 @@ def linear_cka(x, y) -> float:
 def neighbour_agreement(x, y, k: int = 10) -> float:
     """The share of the k nearest neighbours, by cosine, that an observation has in both of two encodings,
     (N, D) and (N, E), float64, on average (Huh et al. 2024). By chance it is k / (N - 1)."""
+    k = min(k, len(x) - 1)
     near = []
     for encodings in (x, y):
         directions = nn.functional.normalize(encodings)
@@ -524,10 +534,11 @@ def neighbour_agreement(x, y, k: int = 10) -> float:
 
 
 def compare(name: str, copies: int, setup: Setup, agents: list[Agent], states: States):
-    """The measures of each agent on the same copies: {name: (number of agents, number of states, copies)}."""
+    """The measures of each agent on the same copies: {name: (number of agents, number of states, copies)},
+    and its encodings of each state and of the first copy, float64 (agents, states, 2, 256)."""
     shown = show_copies(name, setup, states, copies)
     measured = [[] for _ in agents]
-    clean_encodings = [[] for _ in agents]
+    kept = [[] for _ in agents]
     for seen in tqdm(shown, name, len(states.obs), disable=None):
         for i, agent in enumerate(agents):
             encodings, logits = look(agent, seen)
@@ -535,16 +546,46 @@ def compare(name: str, copies: int, setup: Setup, agents: list[Agent], states: S
             shift = moved.double().norm(dim=-1)
             of_state = [*divergences(logits[0], logits[1:]), shift]
             measured[i].append(torch.stack(of_state))
-            clean_encodings[i].append(encodings[0])
+            kept[i].append(encodings[:2].double())
     values = []
-    for of_agent, encodings in zip(measured, clean_encodings):
+    of_states = torch.stack([torch.stack(encodings) for encodings in kept])
+    for of_agent, encodings in zip(measured, of_states):
         of_measures = torch.stack(of_agent, dim=1)
-        variances = torch.stack(encodings).double().var(dim=0)
+        variances = encodings[:, 0].var(dim=0)
         distance = (2 * variances.sum()).sqrt()  # root mean square, between the encodings of two states
         of_measures[-1] /= distance.clamp_min(1e-12)  # 0, not nan, if all encodings are the same
         values.append(of_measures.cpu().numpy())
     names = ["entropy", "kl", "tv", "action_changes", "encoding_shift"]
-    return dict(zip(names, np.stack(values, axis=1)))
+    return dict(zip(names, np.stack(values, axis=1))), of_states
+
+
+def compare_pairs(checkpoints: list[Checkpoint], encodings: torch.Tensor) -> list[dict]:
+    """Of the encodings that `compare` gives: a row for each two agents, then for each two trainings the mean
+    over their agents. Agents of one training are a pair, others have never met."""
+    rows = []
+    for i, j in itertools.combinations(range(len(checkpoints)), 2):
+        two = checkpoints[i], checkpoints[j]
+        trainings = [training_of(checkpoint.path) for checkpoint in two]
+        row = {
+            "of": "agents",
+            "labels": " and ".join(dict.fromkeys(checkpoint.label for checkpoint in two)),
+            "relation": "pair" if trainings[0] == trainings[1] else "never met",
+            "first": str(two[0].path),
+            "second": str(two[1].path),
+            "trainings": tuple(map(str, trainings)),
+        }
+        for number, suffix in enumerate(["", "_copies"]):
+            x, y = encodings[i, :, number], encodings[j, :, number]
+            row[f"cka{suffix}"] = linear_cka(x, y)
+            row[f"neighbours{suffix}"] = neighbour_agreement(x, y)
+        rows.append(row)
+    by_trainings = {}
+    for row in rows:
+        by_trainings.setdefault(row.pop("trainings"), []).append(row)
+    for (first, second), members in by_trainings.items():
+        means = {name: np.mean([row[name] for row in members]) for name in LIKENESS}
+        rows.append(members[0] | {"of": "trainings", "first": first, "second": second} | means)
+    return rows
 
 
 def training_means(values: np.ndarray, trainings: list[Path]) -> np.ndarray:
@@ -611,13 +652,13 @@ def members_of(checkpoints: list[Checkpoint]) -> dict[str, list[int]]:
 
 def score(setup: Setup, checkpoints: list[Checkpoint], states: States):
     """Yields for each perturbation its rows of numbers: for each label a row over its agents, then one for
-    each of them."""
+    each of them. And those of compare_pairs."""
     agents = [checkpoint.agent for checkpoint in checkpoints]
     returns = {}
     if "return" in setup.args.tests:
         returns["clean"] = play_returns("clean", setup, agents)
     for name, copies in count_copies(setup, setup.args.num_copies).items():
-        values = compare(name, copies, setup, agents, states)
+        values, encodings = compare(name, copies, setup, agents, states)
         if returns:
             returns["perturbed"] = play_returns(name, setup, agents)
         rows = []
@@ -628,7 +669,8 @@ def score(setup: Setup, checkpoints: list[Checkpoint], states: States):
                 row = {"perturbation": name, "label": label, "checkpoint": checkpoint}
                 numbers = summarize_all(checkpoints, indices, values, returns)
                 rows.append(setup.game._asdict() | row | numbers)
-        yield rows
+        key = setup.game._asdict() | {"perturbation": name}
+        yield rows, [key | row for row in compare_pairs(checkpoints, encodings)]
 
 
 def summarize_all(checkpoints: list[Checkpoint], members: list[int], values: dict, returns: dict) -> dict:
@@ -681,9 +723,27 @@ def table_cells(row: dict) -> dict[str, str]:
     return cells
 
 
-def markdown(rows: list[dict]) -> str:
-    """The table for a paper: a line for each perturbation and label. ± is one standard error."""
-    cells = [table_cells(row) for row in rows if row["checkpoint"] == "all"]
+def make_tables(rows: list[dict], pairs: list[dict]) -> str:
+    """For a paper: a line for each perturbation and label, in which ± is one standard error, and a line for
+    each perturbation and kind of pair, with the mean over pairs of trainings."""
+    text = markdown([table_cells(row) for row in rows if row["checkpoint"] == "all"])
+    kinds = {}
+    for row in pairs:
+        if row["of"] == "trainings":
+            game = str(Game(row["env_id"], row["distribution_mode"]))
+            kind = game, row["perturbation"], f"{row['labels']}, {row['relation']}".replace("|", r"\|")
+            kinds.setdefault(kind, []).append(row)
+    cells = []
+    for kind, members in kinds.items():
+        line = dict(zip(["game", "perturbation", "agents"], kind)) | {"pairs": str(len(members))}
+        for name, title in LIKENESS.items():
+            line[title] = f"{np.mean([row[name] for row in members]):.3f}"
+        cells.append(line)
+    return f"{text}\n{markdown(cells)}" if cells else text
+
+
+def markdown(cells: list[dict[str, str]]) -> str:
+    """Of the cells of each line by their headings."""
     headings = list(cells[0])
     rule = ["---"] * 3 + ["---:"] * (len(headings) - 3)
     lines = [headings, rule]
@@ -780,18 +840,24 @@ def draw_game(setup: Setup, checkpoints: list[Checkpoint], states: States, rows:
     return figures
 
 
-def write_results(folder: Path, args: Args, rows: list[dict]):
-    """The rows so far in three forms. Each file replaces the one before it when it is whole."""
+def to_csv(rows: list[dict]) -> str:
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    content = {"settings": asdict(args), "results": rows}
+    return table.getvalue()
+
+
+def write_results(folder: Path, args: Args, rows: list[dict], pairs: list[dict]):
+    """What there is so far in three forms. Each file replaces the one before it when it is whole."""
+    content = {"settings": asdict(args), "results": rows, "pairs": pairs}
     texts = {
-        "results.csv": table.getvalue(),
+        "results.csv": to_csv(rows),
         "results.json": json.dumps(content, indent=2, default=str),
-        "table.md": markdown(rows),
+        "table.md": make_tables(rows, pairs),
     }
+    if pairs:
+        texts["pairs.csv"] = to_csv(pairs)
     unfinished = folder / "unfinished"
     for name, text in texts.items():
         unfinished.write_text(text, encoding="utf-8")
@@ -817,6 +883,7 @@ def main(args: Args):
         print(f"robustness_eval.py: error: {flag}: {error}", file=sys.stderr)
         sys.exit(2)
     rows = []
+    pairs = []
     to_draw = []
     for game, checkpoints in games.items():
         for checkpoint in checkpoints:
@@ -825,13 +892,14 @@ def main(args: Args):
         setup = Setup(game, args, device)
         states = gather_states(setup, [checkpoint.agent for checkpoint in checkpoints])
         of_game = []
-        for new_rows in score(setup, checkpoints, states):
+        for new_rows, new_pairs in score(setup, checkpoints, states):
             of_game += new_rows
-            write_results(folder, args, rows + of_game)
+            pairs += new_pairs
+            write_results(folder, args, rows + of_game, pairs)
             print(f"{game}, {new_rows[0]['perturbation']}: numbers in {folder}", flush=True)
         rows += of_game
         to_draw.append((setup, checkpoints, states, of_game))
-    print(f"\n{markdown(rows)}")
+    print(f"\n{make_tables(rows, pairs)}")
     for of_game in to_draw:
         for name, figure in draw_game(*of_game).items():
             figure.savefig(folder / f"{name}.png")
