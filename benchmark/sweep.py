@@ -35,7 +35,7 @@ from typing import Literal
 import tyro
 from helpers import ROOT, Count, CountOrZero, check_limits, fail
 from procgen.env import ENV_NAMES
-from runs import MAY_DIFFER, read_json
+from runs import read_json
 from tqdm import tqdm
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its authors
@@ -44,6 +44,9 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # `uv run`: Ray wou
 import ray
 
 SET_HERE = ["--env-id", "--seed", "--exp-name", "--resume"]
+# Settings in which a run that is there may differ from one that is asked for.
+MAY_DIFFER = "total_timesteps eval_interval final_eval_episodes checkpoint_interval resume device".split()
+MAY_DIFFER += "num_env_threads bf16 compile torch_deterministic track".split()
 
 
 @dataclass
