@@ -54,6 +54,13 @@ class Args:
         check_limits(self)
 
 
+def now() -> float:
+    """Once the device is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class TimedEnvs:
     """Environments with a clock around their calls."""
 
@@ -78,17 +85,12 @@ class Measurement:
             setattr(script, function.__name__, function)
         script.save_checkpoint = lambda *state: None
 
-    def now(self) -> float:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def measure(self, part: str, function, *inputs):
         if not self.in_parts:
             return function(*inputs)
-        start = self.now()
+        start = now()
         result = function(*inputs)
-        self.seconds[part] += self.now() - start
+        self.seconds[part] += now() - start
         return result
 
     def make_envs(self, *inputs):
@@ -101,13 +103,13 @@ class Measurement:
         return timed, loss_function
 
     def rollout(self, *inputs):
-        self.start = self.now()
+        self.start = now()
         self.seconds.clear()
         self.original["rollout"](*inputs)
 
     def update(self, *inputs):
         result = self.measure("update", self.original["update"], *inputs)
-        seconds = self.now() - self.start
+        seconds = now() - self.start
         if self.to_warm_up > 0:
             self.to_warm_up -= 1
         elif self.in_parts:
