@@ -110,7 +110,7 @@ def draw_curves(data: pd.DataFrame, labels: dict[str, str], smooth: int, referen
     rows = math.ceil(len(games) / columns)
     size = (1 + 2.6 * columns, 1 + 2.0 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    drawn = {}  # by what the legend calls it
+    drawn = dict.fromkeys([*labels.values(), "published"])  # by what the legend calls it
     for game, axis in zip(games, axes.flat):
         axis.set_title(game)
         axis.grid(alpha=0.3)
@@ -119,14 +119,16 @@ def draw_curves(data: pd.DataFrame, labels: dict[str, str], smooth: int, referen
             curves = of_game[of_game.algorithm == algorithm]
             if len(curves) > 0:
                 drawn[label] = draw_band(axis, curves, f"C{number}", smooth)
-        published = reference[reference.env_id == game]
-        reached = published[published.env_steps <= (1 + NEAR) * of_game.step.max()]
-        if len(reached) > 0:
-            drawn["published"] = draw_points(axis, reached)
+        last = (1 + NEAR) * of_game.step.max()
+        reached = reference[reference.env_steps <= last]
+        published = reached[reached.env_id == game]
+        if len(published) > 0:
+            drawn["published"] = draw_points(axis, published)
     for axis in axes.flat[len(games) :]:
         axis.remove()
     figure.supxlabel("environment steps of each agent (millions)", fontsize="medium")
-    figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=2, frameon=False)
+    lines = {label: line for label, line in drawn.items() if line}
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
@@ -139,7 +141,9 @@ def draw_band(axis, curves: pd.DataFrame, color: str, smooth: int):
     until_the_first_ends = mean.where(values.notna().all())
     marker = "." if len(set(steps)) == 1 else ""
     axis.plot(millions, mean, "--", linewidth=0.8, color=color, marker=marker)
-    axis.fill_between(millions, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+    low = mean - std
+    high = mean + std
+    axis.fill_between(millions, low, high, color=color, alpha=0.2, linewidth=0)
     (line,) = axis.plot(millions, until_the_first_ends, linewidth=1.4, color=color, marker=marker)
     return line
 
@@ -191,20 +195,23 @@ def normalised_scores(tests: pd.DataFrame, labels: dict[str, str], mode: str) ->
     """{label: scores (number of seeds, number of games)} of the games that all algorithms have, and of the
     seeds that have all of these. Prints what that leaves out. Empty if nothing is left of an algorithm."""
     table = tests.pivot(index=["algorithm", "seed"], columns="game", values="test")
-    num_seeds = table.groupby("algorithm").count().reindex(list(labels), fill_value=0)
+    num_seeds = table.groupby("algorithm").count()
+    num_seeds = num_seeds.reindex(list(labels), fill_value=0)
     for game in table.columns[num_seeds.min() == 0]:
         print(f"not in the aggregate, since an algorithm has no test there: {game}")
         table = table.drop(columns=game)
     whole = table.dropna()
     for algorithm, seed in table.index.difference(whole.index):
         print(f"not in the aggregate, since it has no test in a game: {labels[algorithm]}, seed {seed}")
-    bounds = pd.read_csv(io.StringIO(BOUNDS), sep=" ", index_col="game").loc[table.columns]
+    bounds = pd.read_csv(io.StringIO(BOUNDS), sep=" ", index_col="game")
+    bounds = bounds.loc[table.columns]
     low = bounds[f"{mode}_min"]
     high = bounds[f"{mode}_max"]
     scores = (whole - low) / (high - low)
     by_label = {}
     for algorithm, label in labels.items():
-        values = scores[scores.index.get_level_values("algorithm") == algorithm].to_numpy()
+        of_algorithm = scores.index.get_level_values("algorithm") == algorithm
+        values = scores[of_algorithm].to_numpy()
         if values.size == 0:
             return {}
         if len(values) == 1:
@@ -220,28 +227,31 @@ def estimate(scores: dict[str, np.ndarray], samples: int) -> pd.DataFrame:
     for one, other in combinations(scores, 2):
         pairs[f"P({other} > {one})"] = (scores[other], scores[one])
     rows = []
-    for metric, function, of_what in (
+    for metric, function, of_what in [
         ("interquartile mean", metrics.aggregate_iqm, scores),
         ("optimality gap", metrics.aggregate_optimality_gap, scores),
         (IMPROVEMENT, metrics.probability_of_improvement, pairs),
-    ):
+    ]:
         np.random.seed(0)  # rliable draws from numpy's global generator, whatever random_state it is given
         values, intervals = library.get_interval_estimates(of_what, function, reps=samples)
         for name, value in values.items():
-            rows.append((metric, name, float(value), *intervals[name][:, 0]))
+            low, high = intervals[name].flat
+            rows.append((metric, name, float(value), low, high))
     return pd.DataFrame(rows, columns=["metric", "of", "value", "low", "high"])
 
 
 def draw_aggregate(estimates: pd.DataFrame):
     """A figure with a panel for each metric: the estimates and their 95 % intervals."""
     panels = estimates.groupby("metric", sort=False)
-    size = (3.6 * len(panels), 1.3 + 0.35 * panels.size().max())
+    most = panels.size().max()
+    size = (3.6 * len(panels), 1.3 + 0.35 * most)
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
     for axis, (metric, rows) in zip(axes, panels):
         for number, each in enumerate(rows.itertuples()):
             color = "0.3" if metric == IMPROVEMENT else f"C{number}"
             bar = {"linewidth": 9, "alpha": 0.4, "solid_capstyle": "butt"}
-            axis.plot([each.low, each.high], [each.of, each.of], color=color, **bar)
+            ends = [each.low, each.high]
+            axis.plot(ends, [each.of] * 2, color=color, **bar)
             axis.plot(each.value, each.of, "|", color=color, markersize=12)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
@@ -300,7 +310,8 @@ def read_reference(path: Path | None) -> pd.DataFrame:
     try:
         return pd.read_csv(path, comment="#")[columns]
     except (OSError, ValueError, KeyError) as error:
-        fail(f"--reference: cannot read {path}: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        fail(f"--reference: cannot read {path}: {reason}")
 
 
 def main(args: Args):
@@ -320,7 +331,7 @@ def main(args: Args):
         if rows.empty:
             print(f"missing: {tag}, in all runs")
             continue
-        splits = [split for split, of_split in SPLITS.items() if tag in of_split]
+        splits = [split for split in SPLITS if tag in SPLITS[split]]
         published = reference[reference.split.isin(splits)]
         title = AXES.get(tag, tag)
         figure = draw_curves(rows, labels, args.smooth, published)
