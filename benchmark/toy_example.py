@@ -210,9 +210,9 @@ def train(seed: int, coin_size: int, settings: Settings, iterations: int) -> np.
         b_alone = iteration < settings.head_start
         update(agents, optimizer, obs, [batch_a, batch_b], settings, b_alone)
     probabilities = coin_probabilities(act(agents, obs))
-    where_it_tells = probabilities[:, :2].mean(1)
-    where_it_misleads = probabilities[:, 2:].mean(1)
-    return torch.stack([where_it_tells, where_it_misleads], dim=1).numpy()
+    where_it_tells, where_it_misleads = probabilities.split(2, dim=1)
+    means = [where_it_tells.mean(1), where_it_misleads.mean(1)]
+    return torch.stack(means, dim=1).numpy()
 
 
 def make_map(args: Args) -> np.ndarray:
@@ -233,7 +233,8 @@ def print_table(args: Args, results: np.ndarray):
     means = results.mean(2)  # over seeds
     rows = [["width of the coin in pixels", *map(str, args.coin_sizes)]]
     for name, row in zip(ROWS, means[..., 1]):
-        rows.append([name, *(f"{a:.2f} / {b:.2f}" for a, b in row)])
+        cells = [f"{a:.2f} / {b:.2f}" for a, b in row]
+        rows.append([name, *cells])
     print("Probability of the right action where the colour misleads, A / B,")
     print(f"mean of {args.seeds} seeds after {args.iterations} iterations:\n")
     print(markdown(rows))

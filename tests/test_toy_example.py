@@ -69,7 +69,7 @@ def make_minibatches() -> list[Batch]:
 
 
 def expected_loss(logits, peer_logits, mb: Batch, settings: Settings, b_alone: bool):
-    """Equation 17 with the entropy bonus; unless B is alone, the mean KL(peer || self) over the minibatch too."""
+    """Equation 17 with the entropy bonus; unless B is alone, with the mean KL(peer || self)."""
     policy = Categorical(logits=logits[mb.pictures])
     peer = Categorical(logits=peer_logits[mb.pictures])
     ratio = (policy.log_prob(mb.actions) - mb.logprobs).exp()
