@@ -207,6 +207,7 @@ def test_update(agents):
     one = torch.ones(512)  # samples that are all the same have the same gradient, too short to clip
     batch = Batch(pictures=0 * one.long(), actions=one.long(), logprobs=-one, rewards=one)
     for agent in agents:
+        agent.zero_grad()
         agent.actor.weight.data /= 30
     optimizer = StepLengths(agents)
     toy_example.update(agents, optimizer, obs, [batch, batch], Settings(), b_alone=False)
