@@ -1,9 +1,6 @@
 """Draws curves over games and algorithms, and the aggregate of normalised scores, from runs or from a CSV.
 
-Reads TensorBoard's files, args.json and final_test.json in run folders
-{env_id}__{exp_name}__{seed}__{unix_time}, at any depth below the given ones and through links, and CSV files
-that --csv wrote. exp_name is the algorithm. Of several runs of one game, algorithm and seed the newest
-counts. Agents that learned together are one seed, its value their mean.
+Which runs are read, runs.py says. Agents that learned together are one seed, its value their mean.
 
 Curves are linearly interpolated onto common steps. The line is the mean over seeds and the band their
 standard deviation (n - 1), up to the end of the shortest run; beyond it, dashed, the mean of those there are.
@@ -22,7 +19,7 @@ import re
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -111,32 +108,27 @@ def draw_curves(data: pd.DataFrame, labels: dict[str, str], smooth: int, referen
     games = sorted(set(data.game))
     columns = min(4, len(games))
     rows = math.ceil(len(games) / columns)
-    size = (max(4.5, 2.6 * columns), 1 + 2.0 * rows)  # the legend needs 4.5
+    size = (1 + 2.6 * columns, 1 + 2.0 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    lines = {}
-    points = None
+    drawn = dict.fromkeys([*labels.values(), "published"])  # by what the legend calls it
     for game, axis in zip(games, axes.flat):
         axis.set_title(game)
         axis.grid(alpha=0.3)
         of_game = data[data.game == game]
-        for number, algorithm in enumerate(labels):
+        for number, (algorithm, label) in enumerate(labels.items()):
             curves = of_game[of_game.algorithm == algorithm]
             if len(curves) > 0:
-                lines[algorithm] = draw_band(axis, curves, f"C{number}", smooth)
-        reached = reference[reference.env_steps <= (1 + NEAR) * of_game.step.max()]
+                drawn[label] = draw_band(axis, curves, f"C{number}", smooth)
+        last = (1 + NEAR) * of_game.step.max()
+        reached = reference[reference.env_steps <= last]
         published = reached[reached.env_id == game]
         if len(published) > 0:
-            points = draw_points(axis, published)
+            drawn["published"] = draw_points(axis, published)
     for axis in axes.flat[len(games) :]:
         axis.remove()
     figure.supxlabel("environment steps of each agent (millions)", fontsize="medium")
-    drawn = {label: lines[algorithm] for algorithm, label in labels.items() if algorithm in lines}
-    if points:
-        drawn["published"] = points
-    inches = 0.5 + 0.075 * max(map(len, drawn))  # about, of an entry with its line
-    columns = int(figure.get_figwidth() / inches)
-    columns = min(4, max(1, columns))
-    figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=columns, frameon=False)
+    lines = {label: line for label, line in drawn.items() if line}
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
@@ -149,7 +141,9 @@ def draw_band(axis, curves: pd.DataFrame, color: str, smooth: int):
     until_the_first_ends = mean.where(values.notna().all())
     marker = "." if len(set(steps)) == 1 else ""
     axis.plot(millions, mean, "--", linewidth=0.8, color=color, marker=marker)
-    axis.fill_between(millions, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+    low = mean - std
+    high = mean + std
+    axis.fill_between(millions, low, high, color=color, alpha=0.2, linewidth=0)
     (line,) = axis.plot(millions, until_the_first_ends, linewidth=1.4, color=color, marker=marker)
     return line
 
@@ -164,23 +158,22 @@ def draw_points(axis, published: pd.DataFrame):
     return axis.errorbar(millions, mean, [below, above], **style)
 
 
-def return_near(run: pd.DataFrame, split: str, steps: int) -> float | None:
-    """Mean of a run's returns near the steps, None if it has none there."""
+def return_near(run: pd.DataFrame, split: str, steps: int) -> str:
+    """Mean of a run's returns near the steps, nothing if it has none there."""
     near = run[(run.step - steps).abs() <= NEAR * steps]
     for tag in SPLITS[split]:
         values = near.value[near.tag == tag]
         if len(values) > 0:
-            return values.mean()
-    return None
+            return f"{values.mean():.2f}"
+    return ""
 
 
 def compare(data: pd.DataFrame, labels: dict[str, str], reference: pd.DataFrame) -> str:
-    """Markdown: for each published point that a run has reached, the return of each seed (empty where it has
-    none there), and the published mean and range."""
+    """Markdown: for each published point that a run has reached, the return of each seed, and the published
+    mean and range."""
     seeds = sorted(set(data.seed))
-    head = ["game", "return", "steps", "algorithm"]
-    head += [f"seed {seed}" for seed in seeds]
-    rows = [[*head, "published", "their runs"]]
+    columns = [f"seed {seed}" for seed in seeds]
+    rows = [["game", "return", "steps", "algorithm", *columns, "published", "their runs"]]
     for point in reference.itertuples():
         for algorithm, label in labels.items():
             chosen = data[(data.game == point.env_id) & (data.algorithm == algorithm)]
@@ -188,13 +181,11 @@ def compare(data: pd.DataFrame, labels: dict[str, str], reference: pd.DataFrame)
             for seed in seeds:
                 run = chosen[chosen.seed == seed]
                 ours.append(return_near(run, point.split, point.env_steps))
-            if all(value is None for value in ours):
-                continue
-            row = [point.env_id, point.split, f"{point.env_steps:,}", label]
-            row += ["" if value is None else f"{value:.2f}" for value in ours]
-            row.append(f"{point.return_mean:.2f}")
-            row.append(f"{point.return_min_run:.2f} to {point.return_max_run:.2f}")
-            rows.append(row)
+            if any(ours):
+                row = [point.env_id, point.split, f"{point.env_steps:,}", label, *ours]
+                row.append(f"{point.return_mean:.2f}")
+                row.append(f"{point.return_min_run:.2f} to {point.return_max_run:.2f}")
+                rows.append(row)
     if len(rows) == 1:
         return f"No run has come to {reference.env_steps.min():,} steps, the first published number.\n"
     return markdown(rows)
@@ -204,22 +195,23 @@ def normalised_scores(tests: pd.DataFrame, labels: dict[str, str], mode: str) ->
     """{label: scores (number of seeds, number of games)} of the games that all algorithms have, and of the
     seeds that have all of these. Prints what that leaves out. Empty if nothing is left of an algorithm."""
     table = tests.pivot(index=["algorithm", "seed"], columns="game", values="test")
-    num_seeds = table.groupby("algorithm").count().reindex(list(labels), fill_value=0)
-    common = (num_seeds > 0).all()
-    if not common.all():
-        left_out = ", ".join(common.index[~common])
-        print(f"not in the aggregate, since an algorithm has no test there: {left_out}")
-    table = table.loc[:, common]
+    num_seeds = table.groupby("algorithm").count()
+    num_seeds = num_seeds.reindex(list(labels), fill_value=0)
+    for game in table.columns[num_seeds.min() == 0]:
+        print(f"not in the aggregate, since an algorithm has no test there: {game}")
+        table = table.drop(columns=game)
     whole = table.dropna()
     for algorithm, seed in table.index.difference(whole.index):
         print(f"not in the aggregate, since it has no test in a game: {labels[algorithm]}, seed {seed}")
-    bounds = pd.read_csv(io.StringIO(BOUNDS), sep=" ", index_col="game").loc[table.columns]
+    bounds = pd.read_csv(io.StringIO(BOUNDS), sep=" ", index_col="game")
+    bounds = bounds.loc[table.columns]
     low = bounds[f"{mode}_min"]
     high = bounds[f"{mode}_max"]
     scores = (whole - low) / (high - low)
     by_label = {}
     for algorithm, label in labels.items():
-        values = scores[scores.index.get_level_values("algorithm") == algorithm].to_numpy()
+        of_algorithm = scores.index.get_level_values("algorithm") == algorithm
+        values = scores[of_algorithm].to_numpy()
         if values.size == 0:
             return {}
         if len(values) == 1:
@@ -228,60 +220,44 @@ def normalised_scores(tests: pd.DataFrame, labels: dict[str, str], mode: str) ->
     return by_label
 
 
-class Estimate(NamedTuple):
-    """With its 95 % interval."""
-
-    metric: str
-    name: str  # of an algorithm, or a pair of them
-    value: float
-    low: float
-    high: float
-
-
-def estimate(scores: dict[str, np.ndarray], samples: int) -> list[Estimate]:
-    """The metrics of scores as `normalised_scores` gives them. A single algorithm has no pairs."""
+def estimate(scores: dict[str, np.ndarray], samples: int) -> pd.DataFrame:
+    """The metrics of scores as `normalised_scores` gives them. Columns: metric, of (an algorithm or a pair),
+    value, and low and high, the limits of its interval. A single algorithm has no pairs."""
     pairs = {}
     for one, other in combinations(scores, 2):
         pairs[f"P({other} > {one})"] = (scores[other], scores[one])
-    found = bootstrap("interquartile mean", metrics.aggregate_iqm, scores, samples)
-    found += bootstrap("optimality gap", metrics.aggregate_optimality_gap, scores, samples)
-    if pairs:
-        found += bootstrap(IMPROVEMENT, metrics.probability_of_improvement, pairs, samples)
-    return found
+    rows = []
+    for metric, function, of_what in [
+        ("interquartile mean", metrics.aggregate_iqm, scores),
+        ("optimality gap", metrics.aggregate_optimality_gap, scores),
+        (IMPROVEMENT, metrics.probability_of_improvement, pairs),
+    ]:
+        np.random.seed(0)  # rliable draws from numpy's global generator, whatever random_state it is given
+        values, intervals = library.get_interval_estimates(of_what, function, reps=samples)
+        for name, value in values.items():
+            low, high = intervals[name].flat
+            rows.append((metric, name, float(value), low, high))
+    return pd.DataFrame(rows, columns=["metric", "of", "value", "low", "high"])
 
 
-def bootstrap(metric: str, function, scores: dict, samples: int) -> list[Estimate]:
-    np.random.seed(0)  # rliable draws from numpy's global generator, whatever random_state it is given
-    values, intervals = library.get_interval_estimates(scores, function, reps=samples)
-    found = []
-    for name, value in values.items():
-        low, high = intervals[name][:, 0]
-        found.append(Estimate(metric, name, float(value), low, high))
-    return found
-
-
-def draw_aggregate(estimates: list[Estimate]):
+def draw_aggregate(estimates: pd.DataFrame):
     """A figure with a panel for each metric: the estimates and their 95 % intervals."""
-    panels = {}
-    for each in estimates:
-        panels.setdefault(each.metric, []).append(each)
-    most = max(map(len, panels.values()))
+    panels = estimates.groupby("metric", sort=False)
+    most = panels.size().max()
     size = (3.6 * len(panels), 1.3 + 0.35 * most)
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
-    for axis, (metric, rows) in zip(axes, panels.items()):
-        of_pairs = metric == IMPROVEMENT
-        for row, each in enumerate(rows):
-            color = "0.3" if of_pairs else f"C{row}"
+    for axis, (metric, rows) in zip(axes, panels):
+        for number, each in enumerate(rows.itertuples()):
+            color = "0.3" if metric == IMPROVEMENT else f"C{number}"
             bar = {"linewidth": 9, "alpha": 0.4, "solid_capstyle": "butt"}
-            axis.plot([each.low, each.high], [row, row], color=color, **bar)
-            axis.plot(each.value, row, "|", color=color, markersize=12, markeredgewidth=2)
-        names = [each.name for each in rows]
-        axis.set_yticks(range(len(rows)), names)
+            ends = [each.low, each.high]
+            axis.plot(ends, [each.of] * 2, color=color, **bar)
+            axis.plot(each.value, each.of, "|", color=color, markersize=12)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
         axis.set_title(metric)
         axis.set_xlabel("normalised test score")
-        if of_pairs:
+        if metric == IMPROVEMENT:
             axis.set_xlabel("probability")
             axis.axvline(0.5, color="0.6", linestyle="--", linewidth=1)
             axis.set_xlim(-0.04, 1.04)
@@ -308,12 +284,12 @@ def make_cell(values: pd.Series) -> str:
     return f"{values.mean():.2f} ± {values.std():.2f} ({len(values)})"
 
 
-def metric_table(estimates: list[Estimate], mode: str) -> str:
+def metric_table(estimates: pd.DataFrame, mode: str) -> str:
     """Markdown."""
     rows = [["metric", "of", "estimate"]]
-    for each in estimates:
+    for each in estimates.itertuples():
         interval = f"{each.value:.3f} [{each.low:.3f}, {each.high:.3f}]"
-        rows.append([each.metric, each.name, interval])
+        rows.append([each.metric, each.of, interval])
     of_what = f"Of scores that are normalised for {mode} levels"
     return f"{of_what}, with 95 % stratified bootstrap intervals:\n\n{markdown(rows)}"
 
@@ -322,7 +298,7 @@ def save(figure, name: str, folder: Path):
     """Writes NAME.pdf and NAME.png, and closes the figure."""
     for suffix in ("pdf", "png"):
         with replacing(folder / f"{name}.{suffix}") as path:
-            figure.savefig(path, dpi=200)
+            figure.savefig(path, dpi=200, bbox_inches="tight")  # a wide legend makes it wider
     plt.close(figure)
 
 
@@ -334,7 +310,8 @@ def read_reference(path: Path | None) -> pd.DataFrame:
     try:
         return pd.read_csv(path, comment="#")[columns]
     except (OSError, ValueError, KeyError) as error:
-        fail(f"--reference: cannot read {path}: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        fail(f"--reference: cannot read {path}: {reason}")
 
 
 def main(args: Args):
@@ -354,7 +331,7 @@ def main(args: Args):
         if rows.empty:
             print(f"missing: {tag}, in all runs")
             continue
-        splits = [split for split, of_split in SPLITS.items() if tag in of_split]
+        splits = [split for split in SPLITS if tag in SPLITS[split]]
         published = reference[reference.split.isin(splits)]
         title = AXES.get(tag, tag)
         figure = draw_curves(rows, labels, args.smooth, published)

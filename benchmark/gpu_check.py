@@ -27,8 +27,7 @@ import torch
 import torch.nn as nn
 import tyro
 from helpers import ROOT, Count, check_limits, copy_script, fail
-from speed import step_environments
-from torch.profiler import profile
+from speed import now, step_environments
 
 HERE = "benchmark/gpu_check.py --here"
 SPEED = "benchmark/speed.py"
@@ -43,7 +42,6 @@ PARTS = {
     "no-compile": (90, f"{SPEED} ppo_procgen --iterations 2 --no-test --no-compile --device cuda"),
     "no-bf16": (90, f"{SPEED} ppo_procgen --iterations 2 --no-test --no-bf16 --device cuda"),
     "acting": (60, f"{HERE} acting --final-eval-episodes 64 --device cuda"),
-    "kernels": (90, f"{HERE} kernels --num-steps 64 --num-minibatches 2 --device cuda"),
     "run": (120, f"{RUN} --device cuda"),
     "tests": (300, "-m pytest -o addopts= -q -rs -k cuda tests/test_fast_path.py"),
 }
@@ -54,7 +52,7 @@ class Args:
     parts: tuple[Literal[tuple(PARTS)], ...] = tuple(PARTS)  # in this order
     seconds: Count = 570  # for all of them together
     log: Path = Path("gpu_check.log")  # what is printed
-    here: Literal["machine", "numbers", "acting", "kernels", ""] = ""  # only this part, without limit and log
+    here: Literal["machine", "numbers", "acting", ""] = ""  # only this part, without limit and log
 
     def __post_init__(self):
         check_limits(self)
@@ -113,19 +111,13 @@ def prepare(name: str, words: list[str]):
     return script, args, torch.device(args.device)
 
 
-def synchronize():
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
 def machine(words: list[str]):
     """What it is, and how fast Procgen is on it."""
     print(f"{platform.platform()}, python {platform.python_version()}, {os.cpu_count()} cores", flush=True)
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     with contextlib.suppress(FileNotFoundError):
-        subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv"]
-        )
+        query = "--query-gpu=name,compute_cap,driver_version,memory.total"
+        subprocess.run(["nvidia-smi", query, "--format=csv"])
     for game in ("bigfish", "starpilot", "bossfight"):
         _, args, _ = prepare("ppo_procgen", ["--env-id", game, *words])
         print(f"{game}: {step_environments(args):,.0f} steps a second of the environments alone", flush=True)
@@ -177,33 +169,12 @@ def acting(words: list[str]):
             obs = runners[0].data.obs.new_zeros(rows, *runners[0].obs_shape)
             seconds = []
             for _ in range(CALLS):
-                synchronize()
-                start = time.perf_counter()
+                start = now()
                 policy(obs)
                 returned = time.perf_counter()
-                synchronize()
-                seconds.append([returned - start, time.perf_counter() - start])
+                seconds.append([returned - start, now() - start])
             host, whole = 1000 * np.median(seconds, axis=0)
             print(f"compile {args.compile}, {rows} rows: host {host:.3f} ms, all {whole:.3f} ms", flush=True)
-
-
-def kernels(words: list[str]):
-    """What takes longest on the device in an update of MDPO."""
-    script, args, device = prepare("mdpo_procgen", words)
-    agents, optimizer, runners = script.set_up(args, device)
-    _, loss_function = script.speed_up(args, agents, runners, device)
-    batches = [runner.batch for runner in runners]
-    script.update(loss_function, agents, optimizer, batches, args)
-    with profile() as profiler:
-        script.update(loss_function, agents, optimizer, batches, args)
-        synchronize()
-    of_device = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
-    rows = []
-    for event in profiler.key_averages():
-        if event.device_type.name == device.type.upper():
-            rows.append((getattr(event, of_device) / 1000, event.count, event.key))
-    for milliseconds, count, name in sorted(rows, reverse=True)[:20]:
-        print(f"{milliseconds:9.2f} ms {count:6} x {name[:90]}")
 
 
 def main(args: Args, words: list[str]):

@@ -11,7 +11,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import pandas as pd
 from helpers import fail
@@ -25,26 +25,8 @@ GAP = "charts/generalization_gap"
 FINAL_TRAIN = "final_test/training_levels"
 FINAL_TEST = "final_test/full_distribution"
 
-RUN = r"(?P<game>[a-z]+)__(?P<algorithm>.+)__(?P<seed>\d+)__(?P<time>\d+)"
-AGENT = r"agent_(?P<number>\d+)"
+NAME = r"(?P<game>[a-z]+)__(?P<algorithm>.+)__(?P<seed>\d+)__(?P<time>\d+)(?:/agent_\d+)?"
 COLUMNS = {"run": str, "tag": str, "step": "int64", "value": "float64"}
-MOST_ALGORITHMS = 10  # whose colours can be told apart
-
-# Settings that may differ among runs that are compared, and between a run that is there and one that is asked
-# for. Any other makes it another experiment.
-MAY_DIFFER = [
-    "total_timesteps",
-    "eval_interval",
-    "final_eval_episodes",
-    "checkpoint_interval",
-    "resume",
-    "device",
-    "num_env_threads",
-    "bf16",
-    "compile",
-    "torch_deterministic",
-    "track",
-]
 
 
 @dataclass
@@ -68,37 +50,25 @@ class Choice:
         for path in self.paths:
             if not path.exists():
                 raise ValueError(f"PATHS: there is no {path}")
-        if len(set(self.algorithms)) < len(self.algorithms):
-            raise ValueError("--algorithms must differ from each other")
         if self.labels and len(self.labels) != len(self.algorithms):
             raise ValueError("--labels must be as many as --algorithms")
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError("--labels must differ from each other")
+        for flag, names in (("--algorithms", self.algorithms), ("--labels", self.labels)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{flag} must differ from each other")
 
 
-class Curves(NamedTuple):
-    """A folder with TensorBoard's files."""
-
-    folder: Path  # of a run, or of one of its agents
-    run: Path
-    agent: int  # its place in final_test.json, from 0
-    name: str  # of the run; of one of several agents RUN/agent_1
-
-
-def find_curves(path: Path) -> list[Curves]:
-    """Of all runs below path, sorted."""
+def find_curves(path: Path) -> list[Path]:
+    """Folders with TensorBoard's files, of runs or of their agents, at any depth below path."""
     files = glob.glob("**/events.out.tfevents.*", root_dir=path, recursive=True)
-    found = []
-    for folder in sorted({(path.absolute() / file).parent for file in files}):
-        agent = re.fullmatch(AGENT, folder.name)
-        run = folder.parent if agent else folder
-        # A link may have another name than its run.
-        match = re.fullmatch(RUN, run.name) or re.fullmatch(RUN, run.resolve().name)
-        if match and agent:
-            found.append(Curves(folder, run, int(agent["number"]) - 1, f"{match[0]}/{agent[0]}"))
-        elif match:
-            found.append(Curves(folder, run, 0, match[0]))
-    return found
+    folders = {(path / file).parent.resolve() for file in files}
+    return sorted(folder for folder in folders if re.fullmatch(NAME, name_of(folder)))
+
+
+def name_of(folder: Path) -> str:
+    """That of the run; of one of several agents RUN/agent_1."""
+    if folder.name.startswith("agent_"):
+        return f"{folder.parent.name}/{folder.name}"
+    return folder.name
 
 
 def read_json(path: Path) -> dict | None:
@@ -111,19 +81,25 @@ def read_json(path: Path) -> dict | None:
         fail(f"cannot read {path}: {error}")
 
 
-def read_points(curves: Curves, tags: list[str]) -> list[tuple]:
+def read_points(folder: Path, tags: list[str], needed: dict) -> list[tuple]:
     """Rows (run, tag, step, value), of the final test too. A file that is cut short ends earlier."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports what resumed runs leave behind
-    events = EventAccumulator(str(curves.folder), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    name = name_of(folder)
     rows = []
     for tag in tags:
         if tag in events.Tags()["scalars"]:
             for event in events.Scalars(tag):
-                rows.append((curves.name, tag, event.step, event.value))
-    final_test = read_json(curves.run / "final_test.json")
+                rows.append((name, tag, event.step, event.value))
+    _, _, number = name.partition("/agent_")
+    run = folder.parent if number else folder
+    final_test = read_json(run / "final_test.json")
     if final_test:
-        for kind, result in final_test["agents"][curves.agent].items():
-            rows.append((curves.name, f"final_test/{kind}", final_test["global_step"], result["mean"]))
+        agent = final_test["agents"][int(number or 1) - 1]
+        for kind, result in agent.items():
+            rows.append((name, f"final_test/{kind}", final_test["global_step"], result["mean"]))
+    if rows:
+        check_settings(run, needed)
     return rows
 
 
@@ -150,24 +126,16 @@ def read_runs(choice: Choice, tags: list[str], needed: dict) -> pd.DataFrame:
     """The chosen runs in long form: run, tag, step, value, and game, algorithm, seed. `needed` are settings
     that they must have beside the distribution mode; those of a CSV file cannot be checked."""
     needed = {"distribution_mode": choice.distribution_mode, **needed}
-    curves = []
-    frames = []
+    frames = [read_csv(path) for path in choice.paths if not path.is_dir()]
+    folders = []
     for path in choice.paths:
-        if path.is_dir():
-            curves += find_curves(path)
-        else:
-            frames.append(read_csv(path))
-    names = [each.name for each in curves]
-    for frame in frames:
-        names += list(frame.run.unique())
-    chosen = choose(names, choice)
+        folders += find_curves(path)
+    names = set(map(name_of, folders)).union(*[frame.run for frame in frames])
+    chosen = choose(sorted(names), choice)
     rows = []
-    for each in tqdm(curves, desc="reading", disable=None):
-        if each.name in chosen.index:
-            points = read_points(each, tags)
-            if points:
-                check_settings(each.run, needed)
-            rows += points
+    for folder in tqdm(folders, desc="reading", disable=None):
+        if name_of(folder) in chosen.index:
+            rows += read_points(folder, tags, needed)
     frames.append(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS))
     data = pd.concat(frames, ignore_index=True).drop_duplicates()
     data = data.join(chosen, on="run", how="inner")
@@ -178,10 +146,8 @@ def read_runs(choice: Choice, tags: list[str], needed: dict) -> pd.DataFrame:
 
 def choose(names: list[str], choice: Choice) -> pd.DataFrame:
     """Game, algorithm, seed and time of the runs that are asked for, by their names."""
-    unique = pd.Series(sorted(set(names)), dtype=str)
-    parts = unique.str.extract(rf"^{RUN}(?:/{AGENT})?$").drop(columns="number")
-    parts = parts.set_index(pd.Index(unique, name="run"))
-    parts = parts[parts.game.isin(ENV_NAMES)].astype({"time": "float64"})
+    parts = pd.Series(names, pd.Index(names, name="run"), dtype=str).str.extract(f"^{NAME}$")
+    parts = parts[parts.game.isin(ENV_NAMES)].astype({"time": "int64"})
     for column, wanted in (("game", choice.games), ("algorithm", choice.algorithms)):
         found = set(parts[column])
         unknown = sorted(set(wanted) - found)
@@ -216,8 +182,8 @@ def print_missing(data: pd.DataFrame):
 def name_algorithms(data: pd.DataFrame, choice: Choice) -> dict[str, str]:
     """{exp_name: label} in the order to show them."""
     names = choice.algorithms or sorted(set(data.algorithm))
-    if len(names) > MOST_ALGORITHMS:
-        fail(f"--algorithms: at most {MOST_ALGORITHMS} can be told apart, not {', '.join(names)}")
+    if len(names) > 10:
+        fail(f"--algorithms: the colours of at most 10 can be told apart, not of {', '.join(names)}")
     return dict(zip(names, choice.labels or map(label_of, names)))
 
 

@@ -34,7 +34,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ppo_procgen import make_envs
 
-SCRIPTS = ["ppo_procgen", "spo_procgen", "mdpo_procgen", "mdspo_procgen"]
 PARTS = ["environments", "inference", "update"]
 CLEANRL = "cleanrl/ppo_procgen.py"  # in its wheel
 
@@ -42,7 +41,7 @@ CLEANRL = "cleanrl/ppo_procgen.py"  # in its wheel
 @tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
 @dataclass
 class Args:
-    script: Literal[tuple(SCRIPTS)]
+    script: Literal["ppo_procgen", "spo_procgen", "mdpo_procgen", "mdspo_procgen"]
     games: tuple[Literal[tuple(ENV_NAMES)], ...] = ("bigfish",)  # a table each
     iterations: Count = 5  # measured as they are, and as many with the time of each part
     warmup: Count = 2  # iterations before that: compilation, page faults
@@ -52,6 +51,13 @@ class Args:
 
     def __post_init__(self):
         check_limits(self)
+
+
+def now() -> float:
+    """Once the device is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class TimedEnvs:
@@ -78,17 +84,12 @@ class Measurement:
             setattr(script, function.__name__, function)
         script.save_checkpoint = lambda *state: None
 
-    def now(self) -> float:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def measure(self, part: str, function, *inputs):
         if not self.in_parts:
             return function(*inputs)
-        start = self.now()
+        start = now()
         result = function(*inputs)
-        self.seconds[part] += self.now() - start
+        self.seconds[part] += now() - start
         return result
 
     def make_envs(self, *inputs):
@@ -101,13 +102,13 @@ class Measurement:
         return timed, loss_function
 
     def rollout(self, *inputs):
-        self.start = self.now()
+        self.start = now()
         self.seconds.clear()
         self.original["rollout"](*inputs)
 
     def update(self, *inputs):
         result = self.measure("update", self.original["update"], *inputs)
-        seconds = self.now() - self.start
+        seconds = now() - self.start
         if self.to_warm_up > 0:
             self.to_warm_up -= 1
         elif self.in_parts:
@@ -121,10 +122,10 @@ class Measurement:
 def parse_flags(script, game: str, words: list[str]):
     """The script's Args of a command line."""
     settings = tyro.cli(script.Args, prog=f"{script.SCRIPT}.py", args=["--env-id", game, *words])
-    if settings.env_id != game:
-        fail("--env-id is not for a measurement: --games says which")
-    if settings.resume or settings.track:
-        fail("--resume and --track are not for a measurement, which leaves no run")
+    if settings.env_id != game or settings.resume or settings.track:
+        fail(
+            "--env-id, --resume and --track are not for a measurement: --games says which, and no run is left"
+        )
     return settings
 
 
@@ -147,11 +148,10 @@ def measure(args: Args, game: str, words: list[str]):
     print(f"steps a second{each}: {describe(settings.batch_size / np.array(measurement.wholes))}")
     print(f"environments alone: {step_environments(settings):,.0f} steps a second")
     if args.test:
-        start = time.perf_counter()
         num = settings.num_eval_envs
-        device = torch.device(settings.device)
-        script.evaluate(measurement.policies[:1], settings, num, (0, 0), 1, device, ())
-        print(f"a test of an agent, {num} episodes: {time.perf_counter() - start:.2f} s")
+        start = now()
+        script.evaluate(measurement.policies[:1], settings, num, (0, 0), 1, torch.device(settings.device), ())
+        print(f"a test of an agent, {num} episodes: {now() - start:.2f} s")
     print(f"peak host memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     print(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", flush=True)
 
@@ -162,15 +162,15 @@ def describe(speeds) -> str:
 
 def print_parts(parts: list[dict[str, float]]):
     """A table of the medians over iterations."""
-    whole = np.median([each["whole"] for each in parts])
+    medians = {}
+    for part in ["whole", *PARTS]:
+        medians[part] = np.median([each[part] for each in parts])
+    whole = medians.pop("whole")
+    medians["everything else"] = whole - sum(medians.values())
     print("| part | ms an iteration | share |")
     print("| --- | --- | --- |")
-    rest = whole
-    for part in PARTS:
-        seconds = np.median([each[part] for each in parts])
-        rest -= seconds
+    for part, seconds in medians.items():
         print(f"| {part} | {1e3 * seconds:.1f} | {seconds / whole:.1%} |")
-    print(f"| everything else | {1e3 * rest:.1f} | {rest / whole:.1%} |")
 
 
 def step_environments(settings, num_steps: int = 256) -> float:

@@ -28,15 +28,14 @@ import signal
 import socket
 import sys
 import traceback
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 from helpers import ROOT, Count, CountOrZero, check_limits, fail
 from procgen.env import ENV_NAMES
-from runs import MAY_DIFFER, read_json
-from tqdm import tqdm
+from runs import read_json
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its authors
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let everything else go first
@@ -44,14 +43,17 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # `uv run`: Ray wou
 import ray
 
 SET_HERE = ["--env-id", "--seed", "--exp-name", "--resume"]
+# Settings in which a run that is there may differ from one that is asked for.
+MAY_DIFFER = "total_timesteps eval_interval final_eval_episodes checkpoint_interval resume device".split()
+MAY_DIFFER += "bf16 compile torch_deterministic track".split()
 
 
 @dataclass
 class Args:
     algorithms: tuple[Literal["ppo", "spo", "mdpo", "mdspo"], ...] = ("ppo", "mdpo")
     """scripts to run"""
-    games: tuple[str, ...] = tuple(ENV_NAMES)
-    """any of the 16"""
+    games: tuple[Literal[tuple(ENV_NAMES)], ...] = tuple(ENV_NAMES)
+    """by default all 16"""
     seeds: tuple[CountOrZero, ...] = (1, 2, 3)
     """of everything random in a run"""
     variants: tuple[str, ...] = ("",)
@@ -64,17 +66,12 @@ class Args:
     """GPUs for each run, may be a fraction; by default 1 if there are any"""
     address: str = "local"
     """HOST:PORT of a Ray cluster, auto for that of this machine, local for a new one"""
-    retries: CountOrZero = 3
-    """how often a run goes on whose process or node died"""
     dry_run: bool = False
     """print the plan and stop"""
 
     def __post_init__(self):
         check_limits(self)
         self.output = self.output.resolve()
-        for game in self.games:
-            if game not in ENV_NAMES:
-                raise ValueError(f"--games must be of {', '.join(ENV_NAMES)}, not {game}")
         if self.gpus is not None and not (0 <= self.gpus <= 1 or self.gpus in range(1000)):
             raise ValueError(f"--gpus must be a fraction or a whole number, not {self.gpus}")
         for variant in self.variants:
@@ -104,7 +101,7 @@ def plan_run(args: Args, algorithm: str, game: str, seed: int, variant: str, fla
     words += ["--env-id", game, "--exp-name", exp_name, "--seed", str(seed)]
 
     module = importlib.import_module(script)
-    settings = tyro.cli(module.Args, prog=f"{script}.py", description=module.__doc__, args=words)
+    settings = tyro.cli(module.Args, prog=f"{script}.py", args=words)
     if settings.eval_interval == 0:
         fail("--eval-interval 0 is not for a sweep, which knows finished runs by their final test")
     batch_size = settings.num_envs * settings.num_steps
@@ -126,34 +123,26 @@ def fill_in(word: str, game: str, seed: int, output: Path) -> str:
 def find_state(name: str, settings, steps: int, output: Path) -> str:
     """new, interrupted or finished. Ends the process if what is there was made with other settings."""
     state = "new"
-    for folder in (output / "runs").glob(f"{name}__*"):
-        if not re.fullmatch(r"\d+", folder.name.removeprefix(f"{name}__")):
-            continue
-        made_with = read_json(folder / "args.json")
-        if made_with:
-            check_settings(folder, made_with, settings)
+    for folder in sorted((output / "runs").glob(f"{name}__{10 * '[0-9]'}")):
+        check_settings(folder, settings)
         final_test = read_json(folder / "final_test.json")
         if final_test and final_test["global_step"] >= steps:
-            state = "finished"
-        elif state == "new" and (folder / "checkpoint.pt").exists():
+            return "finished"
+        if (folder / "checkpoint.pt").exists():
             state = "interrupted"
     return state
 
 
-def check_settings(folder: Path, made_with: dict, settings):
-    """Ends the process if a setting that matters differs. One that was not there had its default."""
-    defaults = {field.name: field.default for field in fields(settings)}
-    before = as_json(defaults) | made_with
-    for name, value in as_json(asdict(settings)).items():
-        if before[name] != value and name not in MAY_DIFFER:
+def check_settings(folder: Path, settings):
+    """Ends the process if a setting that matters differs."""
+    made_with = read_json(folder / "args.json") or {}
+    asked_for = json.loads(json.dumps(asdict(settings)))  # as they come back from a file: tuples are lists
+    for name, value in asked_for.items():
+        before = made_with.get(name, value)
+        if before != value and name not in MAY_DIFFER:
             flag = "--" + name.replace("_", "-")
             way_out = "take --variants NAME=FLAGS or another --output"
-            fail(f"{folder} was made with {flag} {before[name]}, not {value}: {way_out}")
-
-
-def as_json(settings: dict) -> dict:
-    """As they come back from a file: tuples are lists."""
-    return json.loads(json.dumps(settings))
+            fail(f"{folder} was made with {flag} {before}, not {value}: {way_out}")
 
 
 def print_plan(runs: list[Run]):
@@ -168,18 +157,12 @@ def print_plan(runs: list[Run]):
 
 def start_ray(args: Args) -> float:
     """Joins or makes the cluster. Returns the GPUs for each run."""
-    options = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    if args.address == "local":
-        options |= {"include_dashboard": False, "object_store_memory": 10**8}
     try:
         if ":" in args.address:  # Ray tries for minutes
             socket.create_connection(args.address.split(":"), timeout=5).close()
-        ray.init(address=args.address, **options)
+        ray.init(address=args.address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip()
-        if "AF_UNIX" in reason:
-            reason += "; set RAY_TMPDIR to a folder with a short path"
-        fail(f"--address {args.address}: {reason}")
+        fail(f"--address {args.address}: {error}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most_cpus = max(node.get("CPU", 0) for node in nodes)
     most_gpus = max(node.get("GPU", 0) for node in nodes)
@@ -190,9 +173,9 @@ def start_ray(args: Args) -> float:
     return gpus
 
 
-def train(run: Run, root: Path, output: Path, log: Path) -> int:
-    """A Ray task: the script, in this very process, which ends with the sweep however that ends. Returns its
-    exit status. To cancel the task is to interrupt the script, which then saves and ends."""
+def train(run: Run, root: Path, output: Path, log: Path) -> str:
+    """A Ray task: the script, in this very process, which ends with the sweep however that ends. Returns
+    "finished", or why not. To cancel the task is to interrupt the script, which then saves and ends."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a shell script's background
     with log.open("ab") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
@@ -204,13 +187,16 @@ def train(run: Run, root: Path, output: Path, log: Path) -> int:
     try:
         runpy.run_path(str(root / sys.argv[0]), run_name="__main__")
     except SystemExit as end:
-        status = end.code or 0
+        status = end.code
     except Exception:
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    return status
+    if not status:
+        return "finished"
+    *_, last = re.split(r"[\r\n]+", log.read_text(errors="replace").strip())
+    return f"exit status {status}: {last}"
 
 
 def run_all(runs: list[Run], args: Args, gpus: float) -> tuple[int, bool]:
@@ -218,47 +204,40 @@ def run_all(runs: list[Run], args: Args, gpus: float) -> tuple[int, bool]:
     logs = args.output / "runs" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     # A process for each run: what one leaves in it is nothing to the next.
-    task = ray.remote(num_cpus=args.cpus, num_gpus=gpus, max_retries=args.retries, max_calls=1)(train)
+    task = ray.remote(num_cpus=args.cpus, num_gpus=gpus, max_calls=1)(train)
     waiting = {}
     for run in runs:
-        log = logs / f"{run.name}.log"
-        waiting[task.options(name=run.name).remote(run, ROOT, args.output, log)] = log
+        result = task.options(name=run.name).remote(run, ROOT, args.output, logs / f"{run.name}.log")
+        waiting[result] = run.name
     num_finished = 0
     stopped = False
     print(f"{len(runs)} runs; what they print is in {logs}; Ctrl-C lets them save and stop", flush=True)
-    with tqdm(total=len(runs), desc="runs") as bar:
-        while waiting:
-            try:
-                ended, _ = ray.wait(list(waiting), timeout=1)
-            except KeyboardInterrupt:
-                if stopped:
-                    raise
-                stopped = True
-                bar.write("stopping: each run finishes its iteration and saves; once more stops at once")
-                for result in waiting:
-                    ray.cancel(result)
-                continue
-            for result in ended:
-                log = waiting.pop(result)
-                words = outcome_of(result, log)
-                num_finished += words == "finished"
-                bar.write(f"{log.stem}: {words}")
-                bar.update()
+    while waiting:
+        try:
+            ended, _ = ray.wait(list(waiting), timeout=1)
+        except KeyboardInterrupt:
+            if stopped:
+                raise
+            stopped = True
+            print("stopping: each run finishes its iteration and saves; once more stops at once", flush=True)
+            for result in waiting:
+                ray.cancel(result)
+            continue
+        for result in ended:
+            outcome = outcome_of(result)
+            num_finished += outcome == "finished"
+            print(f"{waiting.pop(result)}: {outcome}; {len(waiting)} to go", flush=True)
     return num_finished, stopped
 
 
-def outcome_of(result, log: Path) -> str:
-    """ "finished", or why not."""
+def outcome_of(result) -> str:
+    """What `train` returns, or why it has not returned."""
     try:
-        status = ray.get(result)
+        return ray.get(result)
     except ray.exceptions.TaskCancelledError:
         return "stopped"
     except ray.exceptions.RayError as error:
         return str(error).strip().splitlines()[-1]
-    if status == 0:
-        return "finished"
-    lines = re.split(r"[\r\n]+", log.read_text(errors="replace").strip())
-    return f"exit status {status}: {lines[-1]}"
 
 
 def main(args: Args, flags: list[str]):

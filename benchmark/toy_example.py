@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from helpers import CountOrZero, check_limits, fail, replacing
+from helpers import check_limits, fail, replacing
 from joblib import Parallel, delayed
 from tables import markdown
 from tqdm import tqdm
@@ -82,8 +82,6 @@ class Args:
     """the columns of the map: width and height of the coin in pixels"""
     iterations: Annotated[int, (1, 10_000)] = 20
     """rollouts of a training, each with 12 gradient steps"""
-    processes: CountOrZero = 0
-    """trainings at a time, 0 for one a core"""
     figure: Path = Path("figures/toy_example")
     """where the figure goes, as .pdf and .png"""
 
@@ -154,28 +152,26 @@ def rl_loss(logits, mb: Batch, settings: Settings):
 
 
 def mutual_loss(logits, peer_logits, mb: Batch, settings: Settings):
-    """rl_loss, and the distillation from the peer (equation 18), a scalar. Both logits are (B, 2)."""
+    """rl_loss, and the distillation from the peer (equation 18), a scalar. Both logits are of the four
+    pictures, (4, 2), of which a minibatch takes rows."""
     if settings.detach_peer:
         peer_logits = peer_logits.detach()
-    kl = mutual_kl(peer_logits, logits)
+    logits = logits[mb.pictures]
+    kl = mutual_kl(peer_logits[mb.pictures], logits)
     return rl_loss(logits, mb, settings) + settings.distill_coef * kl
 
 
 def minibatch_loss(logits, mbs: list[Batch], settings: Settings, b_alone: bool):
     """Algorithm 1: the mean of both policies' losses, a scalar; while B is alone, its part of it.
 
-    logits: what A and B now say of the four pictures, (4, 2) each, of which a minibatch takes rows.
+    logits: what A and B now say of the four pictures, (4, 2) each.
     """
     logits_a, logits_b = logits
     mb_a, mb_b = mbs
-    b_of_b = logits_b[mb_b.pictures]
     if b_alone:
-        return rl_loss(b_of_b, mb_b, settings) / 2
-    a_of_a = logits_a[mb_a.pictures]
-    b_of_a = logits_b[mb_a.pictures]
-    a_of_b = logits_a[mb_b.pictures]
-    loss_a = mutual_loss(a_of_a, b_of_a, mb_a, settings)
-    loss_b = mutual_loss(b_of_b, a_of_b, mb_b, settings)
+        return rl_loss(logits_b[mb_b.pictures], mb_b, settings) / 2
+    loss_a = mutual_loss(logits_a, logits_b, mb_a, settings)
+    loss_b = mutual_loss(logits_b, logits_a, mb_b, settings)
     return (loss_a + loss_b) / 2
 
 
@@ -214,9 +210,9 @@ def train(seed: int, coin_size: int, settings: Settings, iterations: int) -> np.
         b_alone = iteration < settings.head_start
         update(agents, optimizer, obs, [batch_a, batch_b], settings, b_alone)
     probabilities = coin_probabilities(act(agents, obs))
-    where_it_tells = probabilities[:, :2].mean(1)
-    where_it_misleads = probabilities[:, 2:].mean(1)
-    return torch.stack([where_it_tells, where_it_misleads], dim=1).numpy()
+    where_it_tells, where_it_misleads = probabilities.split(2, dim=1)
+    means = [where_it_tells.mean(1), where_it_misleads.mean(1)]
+    return torch.stack(means, dim=1).numpy()
 
 
 def make_map(args: Args) -> np.ndarray:
@@ -227,7 +223,7 @@ def make_map(args: Args) -> np.ndarray:
             for seed in range(args.seeds):
                 job = delayed(train)(seed, coin_size, settings, args.iterations)
                 jobs.append(job)
-    pool = Parallel(args.processes or -1, return_as="generator")
+    pool = Parallel(n_jobs=-1, return_as="generator")  # a process for each core
     results = list(tqdm(pool(jobs), total=len(jobs), unit="training", disable=None))
     shape = (len(ROWS), len(args.coin_sizes), args.seeds)
     return np.reshape(results, (*shape, 2, 2))
@@ -237,7 +233,8 @@ def print_table(args: Args, results: np.ndarray):
     means = results.mean(2)  # over seeds
     rows = [["width of the coin in pixels", *map(str, args.coin_sizes)]]
     for name, row in zip(ROWS, means[..., 1]):
-        rows.append([name, *(f"{a:.2f} / {b:.2f}" for a, b in row)])
+        cells = [f"{a:.2f} / {b:.2f}" for a, b in row]
+        rows.append([name, *cells])
     print("Probability of the right action where the colour misleads, A / B,")
     print(f"mean of {args.seeds} seeds after {args.iterations} iterations:\n")
     print(markdown(rows))
