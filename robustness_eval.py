@@ -535,7 +535,7 @@ def neighbour_agreement(x, y, k: int = 10) -> float:
 
 def compare(name: str, copies: int, setup: Setup, agents: list[Agent], states: States):
     """The measures of each agent on the same copies: {name: (number of agents, number of states, copies)},
-    and its encodings of each state and of the first copy, float64 (agents, states, 2, 256)."""
+    and for each agent its encodings of each state and of the first copy, float64 (states, 2, 256)."""
     shown = show_copies(name, setup, states, copies)
     measured = [[] for _ in agents]
     kept = [[] for _ in agents]
@@ -548,7 +548,7 @@ def compare(name: str, copies: int, setup: Setup, agents: list[Agent], states: S
             measured[i].append(torch.stack(of_state))
             kept[i].append(encodings[:2].double())
     values = []
-    of_states = torch.stack([torch.stack(encodings) for encodings in kept])
+    of_states = [torch.stack(encodings) for encodings in kept]
     for of_agent, encodings in zip(measured, of_states):
         of_measures = torch.stack(of_agent, dim=1)
         variances = encodings[:, 0].var(dim=0)
@@ -559,9 +559,9 @@ def compare(name: str, copies: int, setup: Setup, agents: list[Agent], states: S
     return dict(zip(names, np.stack(values, axis=1))), of_states
 
 
-def compare_pairs(checkpoints: list[Checkpoint], encodings: torch.Tensor) -> list[dict]:
+def compare_pairs(checkpoints: list[Checkpoint], encodings: list[torch.Tensor]) -> list[dict]:
     """Of the encodings that `compare` gives: a row for each two agents, then for each two trainings the mean
-    over their agents. Agents of one training are a pair, others have never met."""
+    over their agents, of which it names the first. Agents of one training are a pair, others never met."""
     rows = []
     for i, j in itertools.combinations(range(len(checkpoints)), 2):
         two = checkpoints[i], checkpoints[j]
@@ -572,19 +572,19 @@ def compare_pairs(checkpoints: list[Checkpoint], encodings: torch.Tensor) -> lis
             "relation": "pair" if trainings[0] == trainings[1] else "never met",
             "first": str(two[0].path),
             "second": str(two[1].path),
-            "trainings": tuple(map(str, trainings)),
+            "trainings": tuple(trainings),
         }
         for number, suffix in enumerate(["", "_copies"]):
-            x, y = encodings[i, :, number], encodings[j, :, number]
+            x, y = encodings[i][:, number], encodings[j][:, number]
             row[f"cka{suffix}"] = linear_cka(x, y)
             row[f"neighbours{suffix}"] = neighbour_agreement(x, y)
         rows.append(row)
     by_trainings = {}
     for row in rows:
         by_trainings.setdefault(row.pop("trainings"), []).append(row)
-    for (first, second), members in by_trainings.items():
+    for members in by_trainings.values():
         means = {name: np.mean([row[name] for row in members]) for name in LIKENESS}
-        rows.append(members[0] | {"of": "trainings", "first": first, "second": second} | means)
+        rows.append(members[0] | {"of": "trainings"} | means)
     return rows
 
 

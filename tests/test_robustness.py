@@ -1,6 +1,7 @@
 """robustness_eval.py: known numbers, Procgen's saved states, pictures, whole runs, faults of users."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -53,12 +54,12 @@ def make_checkpoints(agents: list, labels="ABC", folders="012") -> list[Checkpoi
 def compare(name: str, agents: list, states: States) -> dict:
     setup = make_setup()
     copies = robust.count_copies(setup, 3)[name]
-    return robust.compare(name, copies, setup, agents, states)
+    return robust.compare(name, copies, setup, agents, states)[0]
 
 
 def score(setup: Setup, checkpoints: list[Checkpoint], states: States) -> list[dict]:
     rows = []
-    for new_rows in robust.score(setup, checkpoints, states):
+    for new_rows, _ in robust.score(setup, checkpoints, states):
         rows += new_rows
     return rows
 
@@ -502,14 +503,50 @@ def test_table_by_hand():
     """A line for each label, none for a single agent; what is missing."""
     row = make_row("a|b", "monochrome", 0.5, kl_mean=3.14159e-6, kl_standard_error=2.04e-7)
     missing = {"return_kept_mean": None, "trainings": 1, "kl_between_trainings": None}
-    table = robust.markdown([row, row | {"checkpoint": "x.pt"}, row | missing])
+    table = robust.make_tables([row, row | {"checkpoint": "x.pt"}, row | missing], [])
     _, _, line, other_line = table.splitlines()
     start = "| maze, easy | monochrome | a\\|b | 2 | 1000 | 0.5 ± 0.02 | 3.14e-06 ± 2e-07 | 0.52 ± 0.022 "
     assert line == start + "| 0.53 ± 0.023 | 0.54 ± 0.024 | 0.55 ± 0.025 | 0.25 | 0.125 |"
     assert other_line.endswith("| 0.54 ± 0.024 | - | 0.25 | - |")
     assert {each.replace("\\|", "").count("|") for each in table.splitlines()} == {14}
     del row["return_kept_mean"]
-    assert "return" not in robust.markdown([row])
+    assert "return" not in robust.make_tables([row], [])
+
+
+def test_pairs():
+    """Each two agents, and each two trainings with the mean over their agents. The same agent twice is as
+    alike as can be, also on the copies; the table has means over pairs of trainings."""
+    states = States(random_pictures(30), [b""] * 30)
+    agents = [make_agent(seed) for seed in (1, 2, 1, 3)]
+    folders = ["pair/agent_1", "pair/agent_2", "single", "other"]
+    checkpoints = make_checkpoints(agents, "AABB", folders)
+    ((rows, pairs),) = robust.score(make_setup(tests=("random-conv",)), checkpoints, states)
+    of_agents = [row for row in pairs if row["of"] == "agents"]
+    paths = [f"{folder}/agent.pt" for folder in folders]
+    assert [(row["first"], row["second"]) for row in of_agents] == list(itertools.combinations(paths, 2))
+    assert [row["relation"] for row in of_agents] == ["pair", *5 * ["never met"]]
+    assert [row["labels"] for row in of_agents] == ["A", *4 * ["A and B"], "B"]
+    assert {row["perturbation"] for row in pairs} == {"random-conv"}
+    for name in robust.LIKENESS:
+        values = [row[name] for row in of_agents]
+        assert values[1] == pytest.approx(1)
+        assert all(0 < value < 0.999 for value in [values[0], *values[2:]])
+        assert values[3] == pytest.approx(values[0])
+    assert of_agents[0]["cka"] != of_agents[0]["cka_copies"]
+    of_trainings = [row for row in pairs if row["of"] == "trainings"]
+    first_agents = [(paths[i], paths[j]) for i, j in [(0, 1), (0, 2), (0, 3), (2, 3)]]
+    assert [(row["first"], row["second"]) for row in of_trainings] == first_agents
+    met = of_agents[1]["cka"], of_agents[3]["cka"]
+    assert of_trainings[1]["cka"] == pytest.approx(sum(met) / 2)
+    _, table = robust.make_tables(rows, pairs).split("\n\n")
+    lines = [line.split(" | ")[2:5] for line in table.splitlines()[2:]]
+    assert [line[:2] for line in lines] == [
+        ["A, pair", "1"],
+        ["A and B, never met", "2"],
+        ["B, never met", "1"],
+    ]
+    mean = (of_trainings[1]["cka"] + of_trainings[2]["cka"]) / 2
+    assert lines[1][2] == f"{mean:.3f}"
 
 
 def test_picture_of_the_copies(states):
@@ -632,7 +669,8 @@ def test_run_from_the_shell(finished):
     result, folder = finished
     output = folder / "deep" / "out"
     pictures = [f"{kind}_fruitbot_easy.png" for kind in ("copies", "scores", "tsne")]
-    assert {each.name for each in output.iterdir()} == {*pictures, "results.csv", "results.json", "table.md"}
+    files = {"results.csv", "results.json", "table.md", "pairs.csv"}
+    assert {each.name for each in output.iterdir()} == {*pictures, *files}
     lines = [
         "fruitbot, easy, MDPO: runs/pair/agent_1/agent.pt, 500 steps",
         "fruitbot, easy, MDPO: runs/pair/agent_2/agent.pt, 500 steps",
@@ -655,6 +693,8 @@ def test_run_from_the_shell(finished):
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == list(rows[0])
     assert [float(line["kl_mean"]) for line in lines] == [row["kl_mean"] for row in rows]
+    with (output / "pairs.csv").open(newline="") as file:
+        assert [line["of"] for line in csv.DictReader(file)] == 3 * ["agents"] + 2 * ["trainings"]
 
 
 def test_same_seed_same_numbers(finished, place, monkeypatch):
@@ -719,7 +759,7 @@ def test_numbers_are_written_after_each_perturbation_and_before_the_pictures(pla
     assert {each.name for each in (place / "out").iterdir()} == {"results.csv", "results.json", "table.md"}
     rows = read_rows(place / "out")
     assert [row["perturbation"] for row in rows[::2]] == ["background", "no-background"]
-    assert (place / "out/table.md").read_text() == robust.markdown(rows)
+    assert (place / "out/table.md").read_text() == robust.make_tables(rows, [])
 
 
 # Faults of users.
