@@ -1,26 +1,26 @@
-"""What several test files use: the scripts' names, tiny settings, runs in this process, in a fork of it and
-from the shell, what runs leave, and a probe."""
+"""What several test files use: the scripts' names, tiny settings, runs in this process and in a fork of it,
+what runs leave, and a probe."""
 
 import importlib
-import io
 import os
 import pickle
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 import time
-import traceback
-import warnings
-from functools import partial
+from contextlib import contextmanager
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from procgen import ProcgenGym3Env
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,50 +78,22 @@ def without_boxes(text: str) -> str:
     return " ".join(words)
 
 
-def give_words(script, patch, words):
-    """As its command line."""
-    program = f"{script.__name__}.py"
-    patch.setattr(sys, "argv", [program, *map(str, words)])
+@contextmanager
+def command_line(script, folder: Path, words):
+    """In that folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
+        yield
 
 
 def parse(script, folder: Path, *words):
     """The Args of a command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        give_words(script, patch, words)
+    with command_line(script, folder, words):
         return script.parse_args()
 
 
-# Runs from the shell.
-
-
-def shell(name: str, folder: Path):
-    """Command-independent part of a run from the shell, which may write into folder / "work" alone."""
-    for each in ("work", "home"):
-        (folder / each).mkdir(exist_ok=True)
-    home = str(folder / "home")
-    env = os.environ | {"HOME": home, "TMPDIR": home, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / f"{name}.py")]
-    options = {"cwd": folder / "work", "env": env}
-    return command, options
-
-
-def run_script(name: str, folder: Path, *words: str) -> subprocess.CompletedProcess:
-    """A run to its end, its output in bytes, since text mode would turn \\r into \\n."""
-    command, options = shell(name, folder)
-    command += words
-    return subprocess.run(command, capture_output=True, timeout=300, **options)
-
-
-def start_script(name: str, folder: Path, *words) -> subprocess.Popen:
-    """A run that is to be met on its way, its output in pipes, as text."""
-    command, options = shell(name, folder)
-    command += map(str, words)
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **options)
-
-
-# Runs in this process and in forks of it, which save the imports.
+# Runs.
 
 
 def new_second(folder: Path):
@@ -135,28 +107,14 @@ def new_second(folder: Path):
         time.sleep(0.01)
 
 
-def run_as_from_shell(script, stop=None):
-    """What `python script.py` does, with the words of give_words. `stop` takes the place of the signals'."""
-    if stop is None:
-        stop = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, partial(script.handle_signal, stop))
-    script.main(script.parse_args(), stop)
-
-
-def train(script, folder: Path, *words, stop=None) -> int:
-    """A run in this process as from the shell; its exit status."""
+def train(script, folder: Path, *words, stop=()) -> int:
+    """A run in this process; its exit status. A signal is a number in `stop`."""
     new_second(folder)
-    handlers = get_handlers()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        give_words(script, patch, words)
+    with command_line(script, folder, words):
         try:
-            run_as_from_shell(script, stop)
+            script.main(script.parse_args(), stop)
         except SystemExit as exit:
             return exit.code
-        finally:
-            set_handlers(handlers)
     return 0
 
 
@@ -171,70 +129,43 @@ def set_handlers(handlers: dict):
         signal.signal(number, handler)
 
 
-class Fork:
-    """A run as from the shell, in a fork of this process: it can be killed, and can do what this process must
-    not. `prepare` is called in it before. Its output must fit into a pipe."""
+class Fork(ForkProcess):
+    """A run as from the shell, in a fork of this process, which saves the imports: it can be killed, and can
+    do what this process must not. `prepare` is called in it before."""
 
     def __init__(self, script, folder: Path, words, prepare=None):
+        super().__init__()
         new_second(folder)
-        out, child_out = os.pipe()
-        err, child_err = os.pipe()
-        self.id = os.fork()
-        if self.id == 0:
-            os.dup2(child_out, 1)
-            os.dup2(child_err, 2)
-            self.run(script, folder, words, prepare)
-        os.close(child_out)
-        os.close(child_err)
-        self.out = open(out, newline="")  # noqa: SIM115
-        self.err = open(err, newline="")  # noqa: SIM115
+        self.script = script
+        self.command_line = command_line(script, folder, words)
+        self.prepare = prepare
+        self.files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
+        self.start()
 
-    def run(self, script, folder, words, prepare):
-        status = 70
-        try:
-            sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"))
-            sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"))
-            warnings.showwarning = lambda *what: print("warning:", *what, file=sys.stderr)
-            script.tqdm.set_lock(threading.RLock())  # its own is shared by processes: one would die with it
-            os.chdir(folder)
-            give_words(script, pytest.MonkeyPatch(), words)
-            if prepare:
-                prepare()
-            run_as_from_shell(script)
-            status = 0
-        except SystemExit as exit:
-            status = exit.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                if stream:  # a test may have closed it
-                    stream.flush()
-            os._exit(status)
-
-    def running(self) -> bool:
-        return os.waitpid(self.id, os.WNOHANG) == (0, 0)
-
-    def wait_for_line(self, start: str):
-        """Until it has printed a line that begins so."""
-        for line in self.out:
-            if line.startswith(start):
-                return
-        raise AssertionError(self.err.read())
+    def run(self):
+        for number, file in enumerate(self.files, 1):
+            os.dup2(file.fileno(), number)
+        sys.stdout = open(1, "w")  # noqa: SIM115
+        sys.stderr = open(2, "w")  # noqa: SIM115
+        self.script.tqdm.set_lock(threading.RLock())  # its own is shared by processes: one would die with it
+        _, last_lines = Path(self.script.__file__).read_text().split('if __name__ == "__main__":\n')
+        with self.command_line:
+            if self.prepare:
+                self.prepare()
+            exec(textwrap.dedent(last_lines), vars(self.script))
 
     def finish(self, most_seconds: int = 100) -> SimpleNamespace:
-        """Its status, negative the signal that killed it, and the rest of its output. What does not end by
-        itself is killed."""
-        timer = threading.Timer(most_seconds, os.kill, (self.id, signal.SIGKILL))
-        timer.start()
-        out = self.out.read()
-        err = self.err.read()
-        timer.cancel()
-        self.out.close()
-        self.err.close()
-        _, wait_status = os.waitpid(self.id, 0)
-        status = os.waitstatus_to_exitcode(wait_status)
-        return SimpleNamespace(status=status, out=out, err=err)
+        """Its status, negative the signal that killed it, and its output. What does not end by itself is
+        killed."""
+        self.join(most_seconds)
+        self.kill()
+        self.join()
+        texts = []
+        for file in self.files:
+            file.seek(0)
+            texts.append(file.read().decode())
+            file.close()
+        return SimpleNamespace(status=self.exitcode, out=texts[0], err=texts[1])
 
 
 def run(script, folder: Path, words, prepare=None) -> SimpleNamespace:
@@ -302,8 +233,7 @@ def load(path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def load_agent(path: Path) -> dict:
-    return load(path)
+load_agent = load
 
 
 def save_agent(path: Path, agent, script="ppo_procgen", **settings) -> Path:
@@ -363,36 +293,6 @@ def same(one, other) -> bool:
     return both_nan or one == other
 
 
-def differences(name: str, run_dir: Path, other: Path, num_agents: int = 2) -> list[str]:
-    """What two runs left that is not the same: weights and settings, curves, final test, checkpoint."""
-    found = []
-    folders = agent_folders(name, run_dir, num_agents)
-    other_folders = agent_folders(name, other, num_agents)
-    for folder, other_folder in zip(folders, other_folders, strict=True):
-        agent = load_agent(folder / "agent.pt")
-        other_agent = load_agent(other_folder / "agent.pt")
-        for key in ("script", "args", "global_step", "agent"):
-            if not same(agent[key], other_agent[key]):
-                found.append(f"agent's {key}")
-        points = read_points(folder)
-        other_points = read_points(other_folder)
-        assert len(points["losses/value_loss"]) > 3
-        for tag in points.keys() | other_points.keys():
-            if points.get(tag) != other_points.get(tag):
-                found.append(tag)
-    for file in ("final_test.json", "args.json"):
-        content = (run_dir / file).read_bytes()
-        if content != (other / file).read_bytes():
-            found.append(file)
-    checkpoint = load(run_dir / "checkpoint.pt")
-    other_checkpoint = load(other / "checkpoint.pt")
-    assert checkpoint.keys() == other_checkpoint.keys()
-    for key in checkpoint:
-        if not same(checkpoint[key], other_checkpoint[key]):
-            found.append(f"checkpoint {key}")
-    return found + [str(path) for path in other.rglob("*.tmp")]
-
-
 # Small agents and batches, and an environment with a known answer.
 
 
@@ -420,31 +320,12 @@ def make_batch(script, size: int, seed: int):
     )
 
 
-class SmallPictures:
-    """Environments that show every fourth row and column of their pictures: a sixteenth of the work."""
-
-    def __init__(self, envs):
-        self.envs = envs
-        self.num = envs.num
+class SmallPictures(ProcgenGym3Env):
+    """Every fourth row and column of the pictures: a sixteenth of the work."""
 
     def observe(self):
-        reward, obs, first = self.envs.observe()
-        small = obs["rgb"][:, ::4, ::4]
-        return reward, {"rgb": small.copy()}, first
-
-    def __getattr__(self, name):
-        return getattr(self.envs, name)
-
-
-def show_small_pictures(script, patch):
-    """In all environments that the script makes, until the patch is undone."""
-    make_envs = script.make_envs
-
-    def make_small(*inputs):
-        envs = make_envs(*inputs)
-        return SmallPictures(envs)
-
-    patch.setattr(script, "make_envs", make_small)
+        reward, obs, first = super().observe()
+        return reward, {"rgb": obs["rgb"][:, ::4, ::4].copy()}, first
 
 
 class Probe:
@@ -482,8 +363,3 @@ class Probe:
 
     def close(self):
         pass
-
-
-def make_probes(args, num: int, num_levels: int, start_level: int, rand_seed: int) -> Probe:
-    """In place of a script's make_envs."""
-    return Probe(num, rand_seed)

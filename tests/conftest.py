@@ -9,7 +9,8 @@ import importlib
 import sys
 
 import pytest
-from common import MUTUAL, ROOT, SCRIPTS
+import resumed
+from common import BOTH, MUTUAL, ROOT, SCRIPTS, SmallPictures, train_straight
 
 sys.path.insert(0, str(ROOT))
 
@@ -28,3 +29,27 @@ def mutual(request):
 def wide_terminal(monkeypatch):
     """In a narrow one tyro would break its messages in the middle of a word."""
     monkeypatch.setenv("COLUMNS", "1000")
+
+
+@pytest.fixture(scope="module")
+def small_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in BOTH:
+            patch.setattr(importlib.import_module(name), "ProcgenGym3Env", SmallPictures)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ppo(small_pictures, tmp_path_factory):
+    """A run without a stop."""
+    return train_straight("ppo_procgen", tmp_path_factory.mktemp("ppo"), resumed.SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def mdpo(small_pictures, tmp_path_factory):
+    return train_straight("mdpo_procgen", tmp_path_factory.mktemp("mdpo"), resumed.SETTINGS)
+
+
+@pytest.fixture(params=["ppo", "mdpo"])
+def straight(request):
+    return request.getfixturevalue(request.param)

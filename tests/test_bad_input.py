@@ -3,14 +3,13 @@ status 2, and nothing written."""
 
 import importlib
 import os
-import signal
 import sys
 from itertools import cycle
 from typing import get_type_hints
 
 import pytest
 import torch
-from common import MUTUAL, ROOT, SCRIPTS, SINGLE, TINY, error_message, flags, run_script, train
+from common import MUTUAL, ROOT, SCRIPTS, SINGLE, TINY, error_message, flags, run, train
 
 GAMES = (
     "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze".split()
@@ -27,9 +26,7 @@ NO_AGENT = str(ROOT / "LICENSE")  # a file that is neither an agent nor a checkp
 # What is written on the command line, and words that the message has.
 CASES = [
     ("--env-id pong", ["--env-id", "pong", *GAMES]),
-    ("--env-id Bigfish", ["--env-id", "Bigfish"]),
     ("--env-id", ["--env-id"]),
-    ("bigfish", ["bigfish"]),
     ("--env-id bigfish fruitbot", ["fruitbot"]),
     # batches
     ("--num-envs 3 --num-steps 5 --num-minibatches 4", ["--num-minibatches", "15"]),
@@ -39,15 +36,11 @@ CASES = [
     # distribution modes and levels
     ("--distribution-mode medium", ["--distribution-mode", "easy", "hard"]),
     ("--distribution-mode exploration", ["--distribution-mode"]),  # a mode of Procgen's, of one level
-    ("--distribution-mode memory", ["--distribution-mode", "bigfish", "easy", "hard"]),
     ("--env-id maze --distribution-mode extreme", ["--distribution-mode", "maze", "easy", "hard", "memory"]),
-    ("--env-id chaser --distribution-mode memory", ["--distribution-mode", "chaser", "extreme"]),
     ("--start-level 2147483647 --num-levels 1", ["--start-level", "--num-levels"]),
     ("--start-level 3 --num-levels 0", ["--start-level", "0", "--num-levels"]),
     # one above or below what would do
     ("--num-envs 0", ["--num-envs", "from 1 to"]),
-    ("--num-steps 0", ["--num-steps", "from 1 to"]),
-    ("--num-minibatches 0", ["--num-minibatches", "from 1 to"]),
     ("--update-epochs 0", ["--update-epochs", "from 1 to"]),
     ("--total-timesteps 0", ["--total-timesteps", "from 1 to"]),
     ("--num-eval-envs 0", ["--num-eval-envs", "from 1 to"]),
@@ -64,31 +57,24 @@ CASES = [
     ("--channels 4 4 4097", ["--channels", "from 1 to 4096"]),
     # what cannot be read
     ("--channels 4 4 4 4", ["--channels"]),
-    ("--channels 4 4 wide", ["--channels", "wide"]),
     ("--channels None", ["--channels", "None"]),
-    ("--channels", ["--channels"]),
     ("--num-envs 4.5", ["--num-envs", "4.5"]),
     ("--num-env 4", ["--num-env"]),
     ("--gamma 0,9", ["--gamma", "0,9"]),
-    ("--gamma --seed 1", ["--gamma"]),
     # switches are not followed by a value: not to be taken for True
     ("--torch-deterministic False", ["False"]),
-    ("--compile False", ["False"]),
     ("--bf16 None", ["None"]),
     # names, files and devices
     ("--exp-name a/b", ["--exp-name", "a/b"]),
-    ("--exp-name *", ["--exp-name", "*"]),
     (f"--exp-name {100 * 'a'}", ["--exp-name", "99"]),
     (f"--exp-name {99 * chr(0x4E00)}", ["--exp-name"]),  # of 297 bytes, where a file's name may have 255
-    ("--exp-name", ["--exp-name"]),
     ("--device gpu", ["--device", "gpu", "auto", "cpu", "cuda"]),
     ("--device cuda:0", ["--device", "cuda:0"]),
     ("--freeze-encoder", ["--freeze-encoder", "--pretrained-encoder"]),
     ("--pretrained-encoder nowhere.pt", ["--pretrained-encoder", "nowhere.pt"]),
-    ("--pretrained-encoder .", ["--pretrained-encoder", "."]),
     (f"--pretrained-encoder {NO_AGENT}", ["--pretrained-encoder", NO_AGENT]),
-    ("--pretrained-encoder", ["--pretrained-encoder"]),
     ("--resume nowhere", ["--resume", "nowhere"]),
+    (f"--resume {100 * 'long'}", ["--resume", "long"]),
     ("--resume .", ["--resume", "checkpoint.pt"]),
     (f"--resume {NO_AGENT}", ["--resume", NO_AGENT]),
     ("--resume", ["--resume"]),
@@ -99,7 +85,6 @@ CASES = [
     ("--no-such-flag 1", ["--no-such-flag"]),
     ("--batch-size 64", ["--batch-size"]),  # derived
     ("--res nowhere", ["Unrecognized", "--res"]),
-    ("-x", ["-x"]),
 ]
 OF_SINGLE_SCRIPTS = [
     ("--distill-coef 1", ["--distill-coef"]),
@@ -131,21 +116,15 @@ ALL_CASES += [(name, *case) for name, case in zip(cycle(SINGLE), OF_SINGLE_SCRIP
 ALL_CASES += [(name, *case) for name, case in zip(cycle(MUTUAL), OF_MUTUAL_SCRIPTS + numbers_out_of_range())]
 
 
-def reject(script, folder, capfd, words: list[str]) -> str:
-    """The message about a command line that must be rejected."""
-    status = train(script, folder, *words)
-    out, err = capfd.readouterr()
-    assert list(folder.iterdir()) == []
-    return error_message(status, out, err)
-
-
 @pytest.mark.parametrize(("name", "words", "expected"), ALL_CASES, ids=[case[1][:50] for case in ALL_CASES])
 def test_rejected(name, words, expected, tmp_path, capfd, monkeypatch):
     """Before main, so that nothing is made."""
     script = importlib.import_module(name)
     monkeypatch.setattr(script, "main", lambda args, stop: pytest.fail("it was accepted"))
-    message = reject(script, tmp_path, capfd, words.split())
+    status = train(script, tmp_path, *words.split())
+    message = error_message(status, *capfd.readouterr())
     assert [word for word in expected if word not in message] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_just_right(mutual):
@@ -169,14 +148,6 @@ def test_modes_of_games(script, mode):
                 script.Args(env_id=game, distribution_mode=mode)
 
 
-def test_args_raise_value_error(script):
-    """Who makes Args in Python gets an exception that names the flag."""
-    with pytest.raises(ValueError, match="--num-envs must be from 1"):
-        script.Args(num_envs=0)
-    with pytest.raises(ValueError, match="--env-id"):
-        script.Args(env_id="pong")
-
-
 def test_defaults_are_those_of_the_paper(script):
     args = script.Args()
     assert (args.num_envs, args.num_steps, args.num_minibatches, args.update_epochs) == (64, 256, 8, 3)
@@ -192,16 +163,20 @@ def test_defaults_are_those_of_the_paper(script):
 # Devices, packages and folders.
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(("device", "num_gpus"), [("cuda", 0), ("cuda", 1), ("auto", 1)])
-def test_a_gpu_that_cannot_be_used(device, num_gpus, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize(("device", "num_gpus"), [("cuda", 0), ("auto", 1)])
+def test_a_gpu_that_cannot_be_used(device, num_gpus, tmp_path):
     """There is none, or its driver is too old: no run goes on for a week on the CPU unasked."""
+
+    def hide_gpus():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        torch.cuda.device_count = lambda: num_gpus
+
     script = importlib.import_module("mdpo_procgen")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    message = reject(script, tmp_path, capfd, flags(**TINY | {"device": device}))
-    assert "--device" in message
-    assert "GPU" in message
+    result = run(script, tmp_path, flags(**TINY | {"device": device}), hide_gpus)
+    message = error_message(result.status, result.out, result.err)
+    assert "error: --device: this PyTorch cannot use a GPU here" in message
     assert "--device cpu" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_device_is_chosen(script, monkeypatch):
@@ -212,59 +187,10 @@ def test_device_is_chosen(script, monkeypatch):
 
 
 @pytest.mark.parametrize("left", ["nothing", "folder"])
-def test_track_without_wandb(left, tmp_path, capfd, monkeypatch):
+def test_track_without_wandb(left, tmp_path, monkeypatch):
     """A folder wandb/ with the runs of an earlier wandb is not the package."""
-    script = importlib.import_module("ppo_procgen")
-    places = tmp_path / "places"
-    work = tmp_path / "work"
-    (places / "wandb").mkdir(parents=True)
-    work.mkdir()
-    monkeypatch.setattr(sys, "path", [str(places)] if left == "folder" else [])
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)] if left == "folder" else [])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.setattr(script, "main", lambda args, stop: pytest.fail("it was accepted"))
-    message = reject(script, work, capfd, ["--track"])
-    assert "--track needs wandb" in message
-    assert "pip install wandb" in message
-
-
-def test_a_file_in_the_place_of_runs(tmp_path):
-    """It stays, and the error is Python's."""
-    (tmp_path / "runs").write_text("a file in the way")
-    with pytest.raises(OSError, match="runs"):
-        train(importlib.import_module("ppo_procgen"), tmp_path, *flags(**TINY))
-    assert (tmp_path / "runs").read_text() == "a file in the way"
-
-
-def test_a_runs_link_that_leads_nowhere_is_an_error(tmp_path, monkeypatch):
-    """As where a disk is not mounted. It does not look for a free name for ever."""
-    script = importlib.import_module("ppo_procgen")
-
-    def give_up(number, frame):
-        pytest.fail("it does not end")
-
-    monkeypatch.chdir(tmp_path)
-    os.symlink(tmp_path / "gone" / "runs", "runs")
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(5)
-    try:
-        with pytest.raises(OSError):
-            script.make_run_dir(script.Args())
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-SHELL_CASES = [
-    (SINGLE[0], "--env-id pong"),
-    pytest.param(SINGLE[1], "--no-such-flag 1", marks=pytest.mark.slow),
-    (MUTUAL[0], "--device cuda"),
-    pytest.param(MUTUAL[1], "--resume nowhere", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("name", "words"), SHELL_CASES)
-def test_rejected_in_the_shell(name, words, tmp_path):
-    result = run_script(name, tmp_path, *words.split())
-    flag = words.split()[0]
-    assert flag in error_message(result.returncode, result.stdout.decode(), result.stderr.decode())
-    assert list((tmp_path / "work").iterdir()) == []
+    with pytest.raises(ValueError, match="--track needs wandb: `pip install wandb`"):
+        importlib.import_module("ppo_procgen").Args(track=True)

@@ -9,7 +9,7 @@ import sys
 import pytest
 from common import MUTUAL, ROOT, SINGLE, TINY, agent_folders, flags, read_curves, run_folder
 
-SHORT = TINY | {"num_envs": 2, "num_eval_envs": 2, "total_timesteps": 32, "update_epochs": 1}
+SETTINGS = TINY | {"num_envs": 2, "num_steps": 64, "update_epochs": 1, "eval_interval": 1}
 # The text of the others is the same, but for the algorithm.
 ONE_AND_ALL = pytest.mark.parametrize(
     "name", [SINGLE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in (SINGLE[1], *MUTUAL))]
@@ -31,17 +31,6 @@ def run(script: str, folder, *words) -> str:
     return done.stdout
 
 
-@ONE_AND_ALL
-def test_a_copy_runs_alone(name, tmp_path):
-    """Under another name, which its run folder has, and it finds again."""
-    shutil.copy(ROOT / f"{name}.py", tmp_path / "mine.py")
-    assert "finished after 32 steps" in run("mine.py", tmp_path, *flags(**SHORT))
-    assert sorted(os.listdir(tmp_path)) == ["mine.py", "runs"]
-    assert run_folder(tmp_path).name.startswith("fruitbot__mine__1__")
-    words = ["--resume", run_folder(tmp_path), *flags(device="cpu", total_timesteps=64)]
-    assert "finished after 64 steps" in run("mine.py", tmp_path, *words)
-
-
 def copy_with_corridor(name, folder):
     """Script and environment as the page has them."""
     shutil.copy(ROOT / f"{name}.py", folder)
@@ -53,15 +42,17 @@ def copy_with_corridor(name, folder):
 
 
 @ONE_AND_ALL
-def test_another_environment_takes_the_lines_that_the_page_shows(name, tmp_path):
-    """With tests, and exact enough to go on."""
+def test_a_copy_with_another_environment(name, tmp_path):
+    """Takes the lines that the page shows. It runs alone, under another name, which its run folder has, with
+    tests, and goes on from there."""
     copy_with_corridor(name, tmp_path)
-    script = f"{name}.py"
-    settings = SHORT | {"eval_interval": 1, "num_steps": 64, "total_timesteps": 128}
-    assert "final test" in run(script, tmp_path, *flags(**settings))
+    (tmp_path / f"{name}.py").rename(tmp_path / "mine.py")
+    assert "final test" in run("mine.py", tmp_path, *flags(**SETTINGS | {"total_timesteps": 128}))
+    assert sorted(os.listdir(tmp_path)) == ["corridor.py", "mine.py", "runs"]
     run_dir = run_folder(tmp_path)
-    words = ["--resume", run_dir, *flags(device="cpu", total_timesteps=256)]
-    assert "finished after 256 steps" in run(script, tmp_path, *words)
+    assert run_dir.name.startswith("fruitbot__mine__1__")
+    output = run("mine.py", tmp_path, *flags(resume=run_dir, device="cpu", total_timesteps=256))
+    assert "finished after 256 steps" in output
     for folder in agent_folders(name, run_dir):
         curves = read_curves(folder)
         tests = curves["charts/test_episodic_return"]

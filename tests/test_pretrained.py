@@ -12,8 +12,6 @@ from common import (
     agent_folders,
     flags,
     load,
-    load_agent,
-    make_probes,
     read_points,
     run_folder,
     same,
@@ -27,13 +25,14 @@ SETTINGS = {name: value for name, value in TINY.items() if name != "channels"}  
 SETTINGS |= {"num_envs": 2, "num_minibatches": 1, "update_epochs": 1, "eval_interval": 0, "seed": 5}
 BATCH_SIZE = 32
 WIDTHS = (4, 6, 8)
+PICTURES = (16, 16, 3)
 
 
 @pytest.fixture(params=BOTH)
 def two(request, monkeypatch):
-    """Scripts that train on the probe."""
+    """Scripts that train on the probe, in pictures of their own size."""
     script = importlib.import_module(request.param)
-    monkeypatch.setattr(script, "make_envs", make_probes)
+    monkeypatch.setattr(script, "make_envs", make_small_probes)
     return script
 
 
@@ -41,7 +40,7 @@ def two(request, monkeypatch):
 def source(tmp_path_factory):
     """The agent.pt of another script, of other settings and width."""
     script = importlib.import_module(MUTUAL[1])
-    agent = script.Agent(channels=WIDTHS)
+    agent = script.Agent(channels=WIDTHS, obs_shape=PICTURES)
     path = tmp_path_factory.mktemp("source") / "agent.pt"
     return save_agent(path, agent, script=MUTUAL[1], channels=WIDTHS, num_levels=3)
 
@@ -53,38 +52,24 @@ def parts(weights):
     return encoder, heads
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_the_encoder_is_the_one_of_the_file(two, source, tmp_path, frozen):
-    """It, and nothing else; frozen it stays, to the bit, and otherwise all of it is trained."""
-    settings = {"pretrained_encoder": source, "freeze_encoder": frozen, "total_timesteps": 2 * BATCH_SIZE}
-    assert train(two, tmp_path, *flags(**SETTINGS | settings)) == 0
-    given, given_heads = parts(load_agent(source)["agent"])
-    for folder in agent_folders(two.__name__, run_folder(tmp_path)):
-        content = load_agent(folder / "agent.pt")
-        assert content["args"]["channels"] == WIDTHS
-        encoder, heads = parts(content["agent"])
-        unchanged = [name for name in given if torch.equal(given[name], encoder[name])]
-        assert unchanged == (list(given) if frozen else [])
-        assert not any(torch.equal(given_heads[name], heads[name]) for name in heads)
-
-
 def test_both_heads_start_anew(two, source):
     """As they do without a file, and the encoder as in the file, before the first step."""
-    given, _ = parts(load_agent(source)["agent"])
+    given, _ = parts(load(source)["agent"])
     args = two.Args(**SETTINGS, pretrained_encoder=str(source))
     torch.manual_seed(5)
     agents, _, _ = two.set_up(args, CPU)
     torch.manual_seed(5)
     for agent in agents:
         encoder, heads = parts(agent.state_dict())
-        _, expected_heads = parts(two.Agent(channels=WIDTHS).state_dict())
+        _, expected_heads = parts(two.Agent(channels=WIDTHS, obs_shape=PICTURES).state_dict())
         assert same(encoder, given)
         assert same(heads, expected_heads)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_run_goes_on_without_the_file(two, source, tmp_path, frozen):
-    """As one that was never stopped; its encoder is the checkpoint's."""
+def test_a_run_with_the_encoder_of_a_file(two, source, tmp_path, capsys, frozen):
+    """Frozen it stays, to the bit, and otherwise all of it is trained; the heads are. The run goes on without
+    the file as one that was never stopped, and whether it is frozen must stay."""
     runs = []
     for iterations in (4, 2):
         folder = tmp_path / str(iterations)
@@ -97,40 +82,42 @@ def test_a_run_goes_on_without_the_file(two, source, tmp_path, frozen):
         copy.unlink()
         runs.append(run_folder(folder))
     straight, stopped = runs
-    words = flags(resume=stopped, total_timesteps=4 * BATCH_SIZE)
-    assert train(two, tmp_path / "2", *words) == 0
-    expected = load(straight / "checkpoint.pt")
+    capsys.readouterr()
+    line = error_line(two, tmp_path, capsys, "--resume", stopped, *flags(freeze_encoder=not frozen))
+    assert line.startswith(f"--freeze-encoder must stay {frozen}, as in")
+    assert train(two, tmp_path, *flags(resume=stopped, total_timesteps=4 * BATCH_SIZE)) == 0
     checkpoint = load(stopped / "checkpoint.pt")
-    for part in ("agents", "optimizer", "args", "global_step"):
-        assert same(checkpoint[part], expected[part]), part
-    trained = len(expected["optimizer"]) / len(expected["agents"])
-    num_heads = 4  # two, of a weight and a bias
-    assert (trained == num_heads) == frozen
+    for part, value in load(straight / "checkpoint.pt").items():
+        assert part == "runners" or same(checkpoint[part], value), part
+    given, given_heads = parts(load(source)["agent"])
     for folder, other in zip(agent_folders(two.__name__, straight), agent_folders(two.__name__, stopped)):
+        content = load(folder / "agent.pt")
+        assert content["args"]["channels"] == WIDTHS
+        encoder, heads = parts(content["agent"])
+        unchanged = [name for name in given if torch.equal(given[name], encoder[name])]
+        assert unchanged == (list(given) if frozen else [])
+        assert not any(torch.equal(given_heads[name], heads[name]) for name in heads)
         assert read_points(folder) == read_points(other)
 
 
 def changed(source, **changes) -> dict:
-    return load_agent(source) | changes
-
-
-BAD = {
-    "missing": lambda path, source: None,
-    "a folder": lambda path, source: path.mkdir(),
-    "text": lambda path, source: path.write_text("weights"),
-    "cut short": lambda path, source: path.write_bytes(source.read_bytes()[:20_000]),
-    "a tensor": lambda path, source: torch.save(torch.zeros(3), path),
-    "weights alone": lambda path, source: torch.save(load_agent(source)["agent"], path),
-    "a checkpoint": lambda path, source: torch.save({"args": {"channels": WIDTHS}, "agents": []}, path),
-    "another width": lambda path, source: torch.save(changed(source, args={"channels": (8, 8, 8)}), path),
-    "other pictures": lambda path, source: torch.save(of_other_pictures(), path),
-    "no encoder": lambda path, source: torch.save(changed(source, agent={}), path),
-}
+    return load(source) | changes
 
 
 def of_other_pictures() -> dict:
     agent = importlib.import_module(BOTH[0]).Agent(channels=WIDTHS, obs_shape=(32, 32, 3))
     return {"args": {"channels": WIDTHS}, "agent": agent.state_dict()}
+
+
+BAD = {
+    "a folder": lambda path, source: path.mkdir(),
+    "cut short": lambda path, source: path.write_bytes(source.read_bytes()[:20_000]),
+    "weights alone": lambda path, source: torch.save(load(source)["agent"], path),
+    "a checkpoint": lambda path, source: torch.save({"args": {"channels": WIDTHS}, "agents": []}, path),
+    "another width": lambda path, source: torch.save(changed(source, args={"channels": (8, 8, 8)}), path),
+    "other pictures": lambda path, source: torch.save(of_other_pictures(), path),
+    "no encoder": lambda path, source: torch.save(changed(source, agent={}), path),
+}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -155,16 +142,3 @@ def test_channels_are_those_of_the_file(two, source, tmp_path, capsys, channels)
     assert two.Args(**SETTINGS, pretrained_encoder=str(source), channels=WIDTHS).channels == WIDTHS
     assert two.Args(**SETTINGS, pretrained_encoder=str(source)).channels == WIDTHS
     assert two.Args(**SETTINGS).channels == (16, 32, 32)
-
-
-def test_an_encoder_of_other_pictures(two, tmp_path, monkeypatch):
-    """Environments of one's own may have them: the encoder fits if it comes from the same."""
-    monkeypatch.setattr(two, "make_envs", make_small_probes)
-    agent = two.Agent(channels=WIDTHS, obs_shape=(16, 16, 3))
-    path = save_agent(tmp_path / "agent.pt", agent, channels=WIDTHS)
-    settings = {"pretrained_encoder": path, "freeze_encoder": True, "total_timesteps": BATCH_SIZE}
-    assert train(two, tmp_path, *flags(**SETTINGS | settings)) == 0
-    given, _ = parts(agent.state_dict())
-    for folder in agent_folders(two.__name__, run_folder(tmp_path)):
-        encoder, _ = parts(load_agent(folder / "agent.pt")["agent"])
-        assert same(encoder, given)

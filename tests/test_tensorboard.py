@@ -2,21 +2,11 @@
 
 import math
 import re
-from types import SimpleNamespace
 
-import pytest
-from common import TINY, agent_folders, copy_run, flags, read_events, read_points, train, train_straight
+from common import agent_folders, read_events, read_points
+from resumed import BATCH_SIZE
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-# 4 iterations, with a checkpoint and a test after the second and the fourth.
-STEPS = [128, 256, 384, 512]
-SETTINGS = TINY | {
-    "num_steps": 32,
-    "total_timesteps": 600,
-    "checkpoint_interval": 2,
-    "eval_interval": 2,
-    "final_eval_episodes": 2,
-}
 # Tag, and the range of its values.
 TRAINING_TAGS = {
     "charts/episodic_return": (-1e3, 1e3),
@@ -35,25 +25,12 @@ TEST_TAGS = {"charts/test_episodic_return": (-1e3, 1e3), "charts/generalization_
 OF_PAIRS = {"losses/mutual_kl": (0, 1e3)}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A run of one agent, the same killed after its second iteration and resumed, and a pair."""
-    folder = tmp_path_factory.mktemp("logs")
-    for each in ("one", "pair", "resumed"):
-        (folder / each).mkdir()
-    one = train_straight("spo_procgen", folder / "one", SETTINGS)
-    pair = train_straight("mdpo_procgen", folder / "pair", SETTINGS)
-    resumed = copy_run(one, 2, folder / "resumed", finished=False)
-    assert train(one.script, folder / "resumed", "--resume", resumed, *flags(device="cpu")) == 0
-    pair = agent_folders("mdpo_procgen", pair.run_dir)
-    return SimpleNamespace(folders=[one.run_dir, resumed, *pair], pair=pair)
-
-
-def test_tags_and_values(runs):
+def test_tags_and_values(straight):
     """CleanRL's, and ours beside them: the same for one agent and for each of a pair, but for mutual_kl."""
-    for folder in runs.folders:
+    folders = agent_folders(straight.name, straight.run_dir)
+    ranges = TRAINING_TAGS | TEST_TAGS | (OF_PAIRS if len(folders) == 2 else {})
+    for folder in folders:
         points = read_points(folder)
-        ranges = TRAINING_TAGS | TEST_TAGS | (OF_PAIRS if folder in runs.pair else {})
         for tag, (least, most) in ranges.items():
             assert all(least <= value <= most for _, value in points[tag]), tag
         for tag in points.keys() - ranges.keys():
@@ -61,34 +38,33 @@ def test_tags_and_values(runs):
             assert tag not in OF_PAIRS
 
 
-def test_one_point_an_iteration(runs):
-    """Except for episodes, which do not end in all, and tests. The resumed run has no point twice."""
-    for folder in runs.folders:
+def test_one_point_an_iteration(straight):
+    """Except for episodes, which do not end in all, and tests."""
+    for folder in agent_folders(straight.name, straight.run_dir):
         for tag, points in read_points(folder).items():
-            steps = [step for step, _ in points]
+            steps = [step / BATCH_SIZE for step, _ in points]
             if tag.startswith("charts/episodic_"):
-                assert steps == [step for step in STEPS if step in steps] != []
+                assert steps == sorted(set(steps) & set(range(1, 13))) != []
             else:
-                assert steps == (STEPS[1::2] if tag in TEST_TAGS else STEPS), tag
+                assert steps == ([3, 6, 9, 12] if tag in TEST_TAGS else list(range(1, 13))), tag
 
 
-def test_agents_have_curves_of_their_own(runs):
-    first, second = (read_points(folder) for folder in runs.pair)
+def test_agents_have_curves_of_their_own(mdpo):
+    first, second = (read_points(folder) for folder in agent_folders(mdpo.name, mdpo.run_dir))
     for tag in ("losses/value_loss", "losses/mutual_kl", "losses/explained_variance"):
         assert first[tag] != second[tag]
 
 
-def test_one_chart_has_training_and_test_return(runs):
+def test_one_chart_has_training_and_test_return(ppo, mdpo):
     """Of every agent, by the same name, so that TensorBoard draws all of them in one; and no other curve."""
     names = set()
-    for folder in runs.folders:
+    for folder in [ppo.run_dir, *agent_folders(mdpo.name, mdpo.run_dir)]:
         events = read_events(folder)
         text = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
         (category,) = Layout.FromString(text).category
         (chart,) = category.chart
         names.add((category.title, chart.title))
-        drawn = {
-            tag for tag in events.Tags()["scalars"] for each in chart.multiline.tag if re.match(each, tag)
-        }
+        patterns = "|".join(chart.multiline.tag)
+        drawn = {tag for tag in events.Tags()["scalars"] if re.match(patterns, tag)}
         assert drawn == {"charts/episodic_return", "charts/test_episodic_return"}
     assert len(names) == 1
