@@ -28,6 +28,7 @@ import torch.nn as nn
 import tyro
 from helpers import ROOT, Count, check_limits, copy_script, fail
 from speed import now, step_environments
+from torch.profiler import profile
 
 HERE = "benchmark/gpu_check.py --here"
 SPEED = "benchmark/speed.py"
@@ -42,6 +43,7 @@ PARTS = {
     "no-compile": (90, f"{SPEED} ppo_procgen --iterations 2 --no-test --no-compile --device cuda"),
     "no-bf16": (90, f"{SPEED} ppo_procgen --iterations 2 --no-test --no-bf16 --device cuda"),
     "acting": (60, f"{HERE} acting --final-eval-episodes 64 --device cuda"),
+    "kernels": (90, f"{HERE} kernels --num-steps 64 --num-minibatches 2 --device cuda"),
     "run": (120, f"{RUN} --device cuda"),
     "tests": (300, "-m pytest -o addopts= -q -rs -k cuda tests/test_fast_path.py"),
 }
@@ -52,7 +54,7 @@ class Args:
     parts: tuple[Literal[tuple(PARTS)], ...] = tuple(PARTS)  # in this order
     seconds: Count = 570  # for all of them together
     log: Path = Path("gpu_check.log")  # what is printed
-    here: Literal["machine", "numbers", "acting", ""] = ""  # only this part, without limit and log
+    here: Literal["machine", "numbers", "acting", "kernels", ""] = ""  # only this part, without limit and log
 
     def __post_init__(self):
         check_limits(self)
@@ -175,6 +177,25 @@ def acting(words: list[str]):
                 seconds.append([returned - start, now() - start])
             host, whole = 1000 * np.median(seconds, axis=0)
             print(f"compile {args.compile}, {rows} rows: host {host:.3f} ms, all {whole:.3f} ms", flush=True)
+
+
+def kernels(words: list[str]):
+    """What takes longest on the device in an update of MDPO."""
+    script, args, device = prepare("mdpo_procgen", words)
+    agents, optimizer, runners = script.set_up(args, device)
+    _, loss_function = script.speed_up(args, agents, runners, device)
+    batches = [runner.batch for runner in runners]
+    script.update(loss_function, agents, optimizer, batches, args)
+    with profile() as profiler:
+        script.update(loss_function, agents, optimizer, batches, args)
+        now()
+    of_device = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    rows = []
+    for event in profiler.key_averages():
+        if event.device_type.name == device.type.upper():
+            rows.append((getattr(event, of_device) / 1000, event.count, event.key))
+    for milliseconds, count, name in sorted(rows, reverse=True)[:20]:
+        print(f"{milliseconds:9.2f} ms {count:6} x {name[:90]}")
 
 
 def main(args: Args, words: list[str]):

@@ -157,12 +157,16 @@ def print_plan(runs: list[Run]):
 
 def start_ray(args: Args) -> float:
     """Joins or makes the cluster. Returns the GPUs for each run."""
+    options = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if args.address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": 10**8}
     try:
         if ":" in args.address:  # Ray tries for minutes
             socket.create_connection(args.address.split(":"), timeout=5).close()
-        ray.init(address=args.address, log_to_driver=False, logging_level=logging.CRITICAL)
+        ray.init(address=args.address, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        fail(f"--address {args.address}: {error}")
+        hint = "; set RAY_TMPDIR to a folder with a short path" if "AF_UNIX" in str(error) else ""
+        fail(f"--address {args.address}: {error}{hint}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most_cpus = max(node.get("CPU", 0) for node in nodes)
     most_gpus = max(node.get("GPU", 0) for node in nodes)

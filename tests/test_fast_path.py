@@ -13,7 +13,7 @@ import common
 import pytest
 import torch
 from algorithm import CPU, agents_and_batches, make_small_probes, parameters_of
-from common import BOTH, TINY, agent_folders, load, make_agents, read_curves
+from common import BOTH, SINGLE, TINY, agent_folders, load, make_agents, read_curves
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
@@ -137,6 +137,25 @@ def test_compilation_changes_no_result(name, settings, num_graphs, tmp_path, mon
     assert at_rollouts == [0] * 2 + [num_graphs] * 2
     assert counters["stats"]["unique_graphs"] == num_graphs
     assert_same_run(script, fast, plain)
+
+
+def test_many_agents_act_by_one_graph_for_each_size(two):
+    """torch.compile gives up, in silence, after eight for one function. And nobody waits for a backward pass,
+    or the results of the last call would never be overwritten."""
+
+    def unchanged(graph, inputs):
+        return graph
+
+    def refuse(graph, inputs):
+        raise RuntimeError("a forward pass with a backward pass to come")
+
+    backend = aot_autograd(fw_compiler=refuse, bw_compiler=refuse, inference_compiler=unchanged)
+    act = torch.compile(two.act, fullgraph=True, dynamic=False, backend=backend)
+    agents = [two.Agent(channels=(4, 4, 4), obs_shape=(8, 8, 3)) for _ in range(16)]
+    for size in (2, 3, 4):
+        for agent in agents:
+            act(agent, torch.zeros(size, 8, 8, 3, dtype=torch.uint8))
+    assert counters["stats"]["unique_graphs"] == 3
 
 
 def broken_compiler(graph, inputs):
@@ -371,6 +390,29 @@ def test_cuda_compiles_the_loss_and_updates_the_same(two, bf16):
     args = two.Args(device="cuda")
     assert any("triton" in name for name in kernels_of(lambda: loss_function(agents, batches, args)))
     assert_same_update(two, agents, batches, (loss_function, bf16), (two.compute_loss, False), device)
+
+
+@needs_cuda
+@pytest.mark.parametrize("bf16", [True, False])
+def test_cuda_graphs_act_for_the_newest_weights(two, bf16, replays):
+    """In all sizes, in turn; each call replays one graph."""
+    agents, policies, _ = on_cuda(two, bf16=bf16)
+    num = 0
+    for change in (0.0, 0.1, 0.2):
+        for size in (4 if two.__name__ in SINGLE else 8, 2, 3):
+            obs = torch.randint(256, (size, 16, 16, 3), dtype=torch.uint8, device="cuda")
+            for agent, policy in zip(agents, policies):
+                agent.critic.bias.data += change
+                replays.clear()
+                actions, logprobs, values = (result.clone() for result in policy(obs))
+                assert len(replays) == 1
+                logits, expected = agent(obs)
+                torch.testing.assert_close(values, expected, rtol=0.02, atol=0.02)
+                logprobs_of_all = logits.log_softmax(-1)
+                expected = logprobs_of_all.gather(-1, actions[:, None]).squeeze(-1)
+                torch.testing.assert_close(logprobs, expected, rtol=0.05, atol=0.05)
+                num += 1
+    assert num == 9 * len(agents)
 
 
 @needs_cuda

@@ -133,6 +133,18 @@ def test_acting(monkeypatch, capsys):
     assert all(0 < float(host) <= float(whole) for _, host, whole in found)
 
 
+def test_kernels(monkeypatch, capsys):
+    """The slowest first, among them the convolutions of one update."""
+    assert run_here(monkeypatch, "--here", "kernels", *flags(**SMALL | {"bf16": False})) == 0
+    rows = re.findall(r"^ *([\d.]+) ms +(\d+) x (\S+)", capsys.readouterr().out, re.M)
+    times = [float(milliseconds) for milliseconds, _, _ in rows]
+    assert len(rows) == 20
+    assert times == sorted(times, reverse=True) and times[0] > 0
+    counts = {name: int(count) for _, count, name in rows}
+    # 15 convolutions of two agents, in 3 epochs of 2 minibatches.
+    assert counts["aten::convolution_backward"] == 15 * 2 * 3 * 2
+
+
 def test_machine(monkeypatch, capfd):
     assert run_here(monkeypatch, "--here", "machine", "--num-envs", 4) == 0
     out, _ = capfd.readouterr()

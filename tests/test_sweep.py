@@ -290,3 +290,14 @@ def test_runs_that_fail_are_named(start_sweep, tmp_path):
     assert process.returncode == 2
     assert errors.count("\n") == 1
     assert "--cpus 999" in errors
+
+
+@pytest.mark.slow
+def test_a_temporary_path_that_is_too_long(start_sweep, tmp_path):
+    """Ray's sockets are in it."""
+    folder = tmp_path / (90 * "x")
+    folder.mkdir()
+    each = start_sweep(SHORT, TMPDIR=str(folder))
+    _, errors = each.communicate(timeout=60)
+    assert each.returncode == 2 and "set RAY_TMPDIR to a folder with a short path" in errors
+    assert "Traceback" not in errors
