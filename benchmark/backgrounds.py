@@ -32,6 +32,7 @@ ALL_LEVELS = 2**31 - 1  # for training; the scripts take 0, which means the same
 class Args:
     script: Literal["ppo_procgen", "spo_procgen", "mdpo_procgen", "mdspo_procgen"]
     backgrounds: Count = 1  # to train on
+    variant: str = ""  # of the script, in the run's name; else the number of backgrounds
 
     def __post_init__(self):
         check_limits(self)
@@ -101,7 +102,7 @@ class FewBackgroundsScript:
 
 def main(args: Args, words: list[str]):
     few = FewBackgroundsScript(args.script, args.backgrounds)
-    name = f"{args.script}+{args.backgrounds}_backgrounds"
+    name = f"{args.script}+{args.variant or f'{args.backgrounds}_backgrounds'}"
     sys.argv[1:] = ["--exp-name", name, "--num-levels", str(ALL_LEVELS), *words]
     script_args = few.script.parse_args()
     if script_args.exp_name != name or script_args.num_levels != ALL_LEVELS:

@@ -88,14 +88,14 @@ def test_own_and_others_are_tested_on_the_same_levels_with_the_same_noise():
     assert np.ptp(returns, axis=0).max() == 0
 
 
-def run(folder, monkeypatch, *words, **settings):
+def run(folder, monkeypatch, *words, variant="", **settings):
     """As from the shell. Returns its folder and what it has measured."""
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["backgrounds.py"])
     handlers = get_handlers()
     try:
-        args = backgrounds.Args("mdpo_procgen", 2)
+        args = backgrounds.Args("mdpo_procgen", 2, variant)
         backgrounds.main(args, [*flags(**SETTINGS | settings), *words])
     finally:
         set_handlers(handlers)
@@ -117,8 +117,8 @@ def copy_with_a_signal(name: str):
 
 
 def test_a_run_its_resumption_and_its_test(tmp_path, monkeypatch):
-    straight, measured = run(tmp_path / "straight", monkeypatch)
-    assert straight.name.startswith("fruitbot__mdpo_procgen+2_backgrounds__1__")
+    straight, measured = run(tmp_path / "straight", monkeypatch, variant="both")
+    assert straight.name.startswith("fruitbot__mdpo_procgen+both__1__")
     assert measured["global_step"] == 64
     tests = json.loads((straight / "final_test.json").read_text())
     for agent, test in zip(measured["agents"], tests["agents"], strict=True):
@@ -127,7 +127,9 @@ def test_a_run_its_resumption_and_its_test(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
         patch.setattr(backgrounds, "copy_script", copy_with_a_signal)
         run(tmp_path / "stopped", monkeypatch)
-    assert load(run_folder(tmp_path / "stopped") / "checkpoint.pt")["global_step"] == 32
+    stopped = run_folder(tmp_path / "stopped")
+    assert stopped.name.startswith("fruitbot__mdpo_procgen+2_backgrounds__1__")
+    assert load(stopped / "checkpoint.pt")["global_step"] == 32
     again, measured_again = run(tmp_path / "stopped", monkeypatch, "--resume", "auto")
     weights = [load(each / "agent_2" / "agent.pt")["agent"] for each in (straight, again)]
     assert same(*weights)
