@@ -40,18 +40,22 @@ class Args:
 
 class FewBackgrounds:
     """Procgen's environments, in which every level is drawn on one of the chosen backgrounds. Nothing else
-    changes: levels, rewards and ends are the same."""
+    changes: levels, rewards and ends are the same. In a test only the first episodes count, and to draw
+    takes longer than to step, so only those are drawn so."""
 
-    def __init__(self, envs, game: Game, chosen: list[int]):
+    def __init__(self, envs, game: Game, chosen: list[int], for_a_test: bool):
         self.envs = envs
         self.game = game
         self.chosen = chosen
+        self.for_a_test = for_a_test
+        self.drawn = False
 
     def observe(self):
         reward, obs, first = self.envs.observe()
-        if not first.any():
+        if not first.any() or (self.for_a_test and self.drawn):
             return reward, obs, first
         self.redraw()  # a new level has chosen among all backgrounds
+        self.drawn = True
         return self.envs.observe()
 
     def redraw(self):
@@ -73,6 +77,7 @@ class FewBackgroundsScript:
 
     def __init__(self, name: str, number: int):
         self.number = number
+        self.testing = False
         self.script = copy_script(name)
         self.original = dict(vars(self.script))
         for function in (self.make_envs, self.evaluate, self.final_test):
@@ -85,11 +90,14 @@ class FewBackgroundsScript:
         chosen = backgrounds[: self.number]
         if num_levels == 0:
             chosen = backgrounds[self.number :]
-        return FewBackgrounds(envs, Game(args.env_id, args.distribution_mode), chosen)
+        return FewBackgrounds(envs, Game(args.env_id, args.distribution_mode), chosen, self.testing)
 
     def evaluate(self, policies, *inputs):
         """Each agent alone, so that each test of it begins with the same random numbers."""
-        return np.concatenate([self.original["evaluate"]([policy], *inputs) for policy in policies])
+        self.testing = True
+        returns = [self.original["evaluate"]([policy], *inputs) for policy in policies]
+        self.testing = False
+        return np.concatenate(returns)
 
     def final_test(self, policies, args, device, stop, global_step, run_dir):
         self.original["final_test"](policies, args, device, stop, global_step, run_dir)

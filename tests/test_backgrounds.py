@@ -70,6 +70,23 @@ def test_a_run_sees_its_own_backgrounds_and_its_tests_the_others(seed, num_level
     assert counts.min() > 0.4 * counts.mean()  # a third, or a sixth to a third of the others, but for chance
 
 
+def test_a_test_draws_its_first_episodes(monkeypatch):
+    """Which are all that count. Later ones have any background."""
+    few, args = make_few(1, 0)
+    made = []
+
+    def evaluate(policies, args, levels):
+        made.append(few.script.make_envs(args, 40, levels, 0, 5))
+        return np.zeros((len(policies), 1))
+
+    monkeypatch.setitem(few.original, "evaluate", evaluate)
+    few.script.evaluate([None], args, ALL_LEVELS)
+    _, ends, _, met = play(made[0], 80)
+    ended = ends[1:].cumsum(axis=0) > 0
+    assert set(met[1:][~ended]) == {0}
+    assert len(set(met[1:][ended])) > 1
+
+
 def test_own_and_others_are_tested_on_the_same_levels_with_the_same_noise():
     """Of agents that do not look all returns are the same."""
     few, args = make_few(2, 0)
