@@ -17,7 +17,7 @@ All agents of a game see the same observations o of test levels and the same per
 
 Measured are KL( pi(.|o) || pi(.|o') ), the total variation distance, how often the greedy action changes, how
 far the encoder's output moves, and the share of the return that is kept. A policy that ignores its input
-scores 0, 0, 0, 0 and 1.
+scores 0, 0, 0, 0 and 1. And how alike the encoders of each two agents are.
 
     python robustness_eval.py --checkpoints runs/*__ppo_procgen__* runs/*__mdpo_procgen__*
 
@@ -511,21 +511,35 @@ def divergences(clean_logits, logits) -> list[torch.Tensor]:
     return [entropy.expand(len(logits)), kl, tv, changes.double()]
 
 
-def linear_cka(x, y) -> float:
+def linear_cka(x, y, debiased: bool = False) -> float:
     """How alike two encodings of the same N observations are, (N, D) and (N, E), float64: 1 if one is the
-    other rotated and scaled, near 0 if they have nothing in common (Kornblith et al. 2019). NaN if one is
+    other rotated and scaled (Kornblith et al. 2019). Of encodings that have nothing in common it is near 0
+    for N far above D, and `debiased` for any N (the unbiased estimator of Song et al. 2012). NaN if one is
     constant."""
+
+    def similarity(a, b):
+        dot = (a.T @ b).norm() ** 2
+        if debiased:
+            n = len(a)
+            of_a = a.square().sum(1)
+            of_b = b.square().sum(1)
+            dot = dot - n / (n - 2) * (of_a @ of_b) + of_a.sum() * of_b.sum() / ((n - 1) * (n - 2))
+        return dot
+
     x = x - x.mean(0)
     y = y - y.mean(0)
-    return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+    return (similarity(x, y) / (similarity(x, x) * similarity(y, y)).sqrt()).item()
 
 
 def neighbour_agreement(x, y, k: int = 10) -> float:
     """The share of the k nearest neighbours, by cosine, that an observation has in both of two encodings,
-    (N, D) and (N, E), float64, on average (Huh et al. 2024). By chance it is k / (N - 1)."""
+    (N, D) and (N, E), float64, on average (Huh et al. 2024). By chance it is k / (N - 1). NaN if one is
+    constant."""
     k = min(k, len(x) - 1)
     near = []
     for encodings in (x, y):
+        if (encodings == encodings[0]).all():
+            return math.nan
         directions = nn.functional.normalize(encodings)
         similarity = (directions @ directions.T).fill_diagonal_(-math.inf)
         nearest = similarity.topk(k).indices
@@ -568,15 +582,15 @@ def compare_pairs(checkpoints: list[Checkpoint], encodings: list[torch.Tensor]) 
         trainings = [training_of(checkpoint.path) for checkpoint in two]
         row = {
             "of": "agents",
-            "labels": " and ".join(dict.fromkeys(checkpoint.label for checkpoint in two)),
+            "labels": " and ".join(sorted({checkpoint.label for checkpoint in two})),
             "relation": "pair" if trainings[0] == trainings[1] else "never met",
             "first": str(two[0].path),
             "second": str(two[1].path),
-            "trainings": tuple(trainings),
+            "trainings": frozenset(trainings),
         }
         for number, suffix in enumerate(["", "_copies"]):
             x, y = encodings[i][:, number], encodings[j][:, number]
-            row[f"cka{suffix}"] = linear_cka(x, y)
+            row[f"cka{suffix}"] = linear_cka(x, y, debiased=True)
             row[f"neighbours{suffix}"] = neighbour_agreement(x, y)
         rows.append(row)
     by_trainings = {}

@@ -25,7 +25,7 @@ import pandas as pd
 import theory
 import torch
 import tyro
-from helpers import Count
+from helpers import Count, CountOrZero, check_limits
 from renderings import (
     World,
     bound_gap,
@@ -74,17 +74,24 @@ PAIR_CONTRASTS = [
 
 
 @dataclass
-class Args(theory.Args):
+class Args:
     methods: tuple[theory.MethodName, ...] = ("ppo", "mdpo")
     """which ways to train"""
-    num_train: theory.Renderings = (4, 8, 16)
+    num_train: Annotated[tuple[int, ...], (1, theory.DESIGN["num_renderings"] - 2)] = (4, 8, 16)
     """numbers of renderings to train on"""
     seeds: Count = 10
     """worlds, in each of which each method is trained twice"""
     total_timesteps: Annotated[int, (theory.BATCH_SIZE, 2**31 - 1)] = 250_000
     """environment steps of each agent"""
+    processes: CountOrZero = 0
+    """trainings at a time, 0 for one a core"""
     output: Path = Path("convergence")
     """folder for the results, the tables and the figure"""
+
+    def __post_init__(self):
+        check_limits(self)
+        if not self.methods or not self.num_train:
+            raise ValueError("--methods and --num-train need a value or more")
 
 
 def train(job: theory.Job, design: dict) -> dict:
@@ -203,16 +210,15 @@ def measure_pairs(world: World, num_train: int, agents: dict) -> list[dict]:
 
 def by_world(results: list[dict], kind: str, names) -> pd.DataFrame:
     """Means over the agents or the pairs of each world, after the last update: a column for each name,
-    indexed by label, n and world. Where a world has all n that others have, `mean` is the mean over them."""
+    indexed by label, n and world."""
     rows = last_rows(results, kind)
-    values = rows.groupby(["label", "num_train", "seed"], sort=False)[list(names)].mean()
-    means = []
-    for label, group in values.groupby("label", sort=False):
-        over_n = group.unstack("num_train").dropna().stack("num_train", future_stack=True)
-        if group.index.get_level_values("num_train").nunique() > 1:
-            mean = over_n.groupby("seed").mean()
-            means.append(pd.concat({(label, "mean"): mean}, names=["label", "num_train"]))
-    return pd.concat([values, *means])
+    return rows.groupby(["label", "num_train", "seed"], sort=False)[list(names)].mean()
+
+
+def mean_over_n(values: pd.DataFrame) -> pd.DataFrame:
+    """Of values by n and world, those of the worlds that have all n."""
+    whole = values.unstack("num_train").dropna()
+    return whole.T.groupby(level=0).mean().T
 
 
 def last_rows(results: list[dict], kind: str) -> pd.DataFrame:
@@ -240,28 +246,37 @@ def value_table(values: pd.DataFrame, titles: dict[str, str]) -> str:
     return markdown(rows)
 
 
-def difference_table(values: pd.DataFrame, contrasts: list[tuple[str, str]], titles: dict[str, str]) -> str:
-    """Within worlds. A star is Holm's, over a column."""
-    heads = []
-    columns = {name: [] for name in titles}
+def difference_tables(values: pd.DataFrame, contrasts: list[tuple[str, str]], titles: dict[str, str]) -> str:
+    """Within worlds: of the mean over those n that both have, and of each n. A star is Holm's, over a column
+    of a table."""
+    of_mean = {}
+    of_each = {}
     labels = values.index.get_level_values("label")
     for first, second in contrasts:
-        if not {first, second} <= set(labels):
-            continue
-        ours, theirs = values.loc[first], values.loc[second]
-        both = ours.index.intersection(theirs.index, sort=False)
-        differences = ours.loc[both] - theirs.loc[both]
-        for num_train, group in differences.groupby("num_train", sort=False):
-            heads.append([f"{first} - {second}", str(num_train), str(len(group))])
-            for name in titles:
-                columns[name].append(mean_interval(group[name].to_numpy()))
-    cells = zip(*(star_holm(column) for column in columns.values()))
-    rows = [[*head, *cell] for head, cell in zip(heads, cells)]
-    return markdown([["", "n", "worlds", *titles.values()], *rows])
+        if {first, second} <= set(labels):
+            ours, theirs = values.loc[first], values.loc[second]
+            both = ours.index.intersection(theirs.index, sort=False)
+            differences = ours.loc[both] - theirs.loc[both]
+            means = mean_over_n(differences)
+            if len(means) > 0:
+                of_mean[f"{first} - {second}", "mean"] = means
+            for num_train, group in differences.groupby("num_train"):
+                of_each[f"{first} - {second}", str(num_train)] = group
+    return f"{difference_table(of_mean, titles)}\n{difference_table(of_each, titles)}"
+
+
+def difference_table(differences: dict[tuple[str, str], pd.DataFrame], titles: dict[str, str]) -> str:
+    columns = []
+    for name in titles:
+        columns.append(star_holm([mean_interval(group[name].to_numpy()) for group in differences.values()]))
+    rows = [["", "n", "worlds", *titles.values()]]
+    for (contrast, num_train), group, *cells in zip(differences, differences.values(), *columns):
+        rows.append([contrast, num_train, str(len(group)), *cells])
+    return markdown(rows)
 
 
 def correlation_table(agents: pd.DataFrame) -> str:
-    """A point for each agent after the last update, ranked within its method and n."""
+    """A point for each agent after the last update, its ranks centred on its method and n."""
     rows = [["", "agents", "worlds", "gap of the other half", "zeta"]]
     for name, title in ROBUSTNESS.items():
         row = [title, str(len(agents)), str(agents.seed.nunique())]
@@ -286,15 +301,9 @@ def make_tables(results: list[dict]) -> str:
     returns = by_world(results, "agents", [*RETURNS, *RANKS])
     likeness = by_world(results, "pairs", LIKENESS)
     text = f"## Returns\n\n{value_table(returns, RETURNS)}\n"
-    for name, values, contrasts, titles in [
-        ("Returns", returns, METHOD_CONTRASTS, RETURNS),
-        ("Likeness", likeness, PAIR_CONTRASTS, LIKENESS),
-    ]:
-        is_mean = values.index.get_level_values("num_train") == "mean"
-        text += f"## {name}: differences\n\nMeans over n:\n\n"
-        text += f"{difference_table(values[is_mean], contrasts, titles)}\nEach n:\n\n"
-        text += f"{difference_table(values[~is_mean], contrasts, titles)}\n"
+    text += f"## Returns: differences\n\n{difference_tables(returns, METHOD_CONTRASTS, RETURNS)}\n"
     text += f"## Likeness\n\n{value_table(likeness, LIKENESS)}\n"
+    text += f"## Likeness: differences\n\n{difference_tables(likeness, PAIR_CONTRASTS, LIKENESS)}\n"
     text += f"## Effective rank\n\n{value_table(returns, RANKS)}\n"
     text += f"## Rank correlation of robustness, within methods and n\n\n{correlation_table(agents)}\n"
     return f"{text}## How loose the direct bound is\n\n{bound_table(agents)}"

@@ -160,6 +160,11 @@ class Args(runs.Choice):
     output: Path = Path("tables.md")
     """file for the tables"""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.output.is_dir():
+            raise ValueError(f"--output must be a file, and {self.output} is a folder")
+
 
 def find_agents(data: pd.DataFrame) -> pd.DataFrame:
     """A row for each agent with a final test at the end of its run: game, algorithm, seed, run and the

@@ -112,7 +112,7 @@ class Args:
     processes: CountOrZero = 0
     """trainings at a time, 0 for one a core"""
     iteration: CountOrZero = 0
-    """update of the tables and figures, 0 for the last"""
+    """update before which the tables and figures show the policies, 0 for the last"""
     output: Path = Path("theory")
     """folder for the trainings, the tables and the figures"""
 
@@ -296,16 +296,17 @@ def read_result(path: Path, design: dict) -> dict:
         found = dict(result["design"])
     except (ValueError, KeyError, TypeError):
         fail(f"--output: {path} is damaged, or another kind of file")
-    for name, value in json.loads(json.dumps(design)).items():
-        if found.get(name) != value:
-            was = f"{name} {found.get(name)}, not {value}"
+    wanted = json.loads(json.dumps(design))
+    for name in [*wanted, *found]:
+        if found.get(name) != wanted.get(name):
+            was = f"{name} {found.get(name)}, not {wanted.get(name)}"
             fail(f"--output: {path} is of a training with {was}; another --output would do")
     return result
 
 
 def agents_of(results: list[dict]) -> pd.DataFrame:
-    """A row for each agent at each update that was measured: what `measure` gives, with eta, zeta and their
-    gap in parts of the optimum, and the mean entropy of its training's policies."""
+    """A row for each agent before each update that was measured: what `measure` gives, with eta, zeta and
+    their gap in parts of the optimum, and the mean entropy of its training's policies in the update."""
     rows = []
     for result in results:
         for row in result["rows"]:
@@ -475,12 +476,13 @@ def draw_renderings(design: dict):
 
 def main(args: Args):
     design = DESIGN | {"total_timesteps": args.total_timesteps}
+    measured = measured_iterations(args.total_timesteps // BATCH_SIZE, design["measurements"])
+    iteration = args.iteration or measured[-1]
+    if iteration not in measured:
+        fail(f"--iteration must be one of {measured}")
     results = make_results(train, design, args)
     agents = agents_of(results)
-    agents = agents[agents.num_train.isin(args.num_train)]
-    last = agents[agents.iteration == (args.iteration or agents.iteration.max())]
-    if last.empty:
-        fail(f"--iteration must be one of {sorted(set(agents.iteration))}")
+    last = agents[(agents.iteration == iteration) & agents.num_train.isin(args.num_train)]
     tables = make_tables(last, results)
     print(tables)
     write_text(args.output / "tables.md", tables)

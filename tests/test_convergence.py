@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
 import convergence
@@ -41,6 +42,28 @@ def test_cka_of_what_has_little_in_common(encodings):
     x = torch.tensor([[2.0, 1.0], [-2.0, 1.0], [2.0, -1.0], [-2.0, -1.0]], dtype=torch.float64)
     assert linear_cka(x, x[:, :1]) == pytest.approx(4 / 17**0.5)
     assert linear_cka(x, x[:, 1:]) == pytest.approx(1 / 17**0.5)
+
+
+def test_debiased_cka(encodings):
+    """Of independent encodings of few observations 0 on average, where the plain one is far from it. As good
+    as the plain one where there are many, and 1 of the same."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for _ in range(50):
+        x, y = (torch.randn(20, 30, dtype=torch.float64, generator=generator) for _ in range(2))
+        found.append([linear_cka(x, y), linear_cka(x, y, debiased=True)])
+    plain, debiased = np.mean(found, axis=0)
+    assert plain > 0.5
+    assert abs(debiased) < 0.03
+    assert linear_cka(x, 2 * x @ rotation(30), debiased=True) == pytest.approx(1)
+    part = encodings[:, :2]
+    assert linear_cka(encodings, part, debiased=True) == pytest.approx(linear_cka(encodings, part), abs=0.01)
+
+
+def test_constant_encodings_are_like_nothing(encodings):
+    constant = torch.ones_like(encodings)
+    for compare in (linear_cka, neighbour_agreement):
+        assert np.isnan(compare(encodings, constant)) and np.isnan(compare(constant, constant))
 
 
 def test_neighbours(encodings):
@@ -190,6 +213,21 @@ def test_a_world_that_lacks_an_n_has_no_mean(results):
     mean, four, eight = cells(text, "MDPO - PPO")
     assert [mean[2], four[2], eight[2]] == ["2", "3", "2"]
     assert mean[3] == "0.508"
+
+
+def test_a_mean_is_over_the_n_that_both_have(results):
+    """PPO alone was trained on 16."""
+    results += [make_result("ppo", 16, world, 9.0) for world in (1, 2, 3)]
+    mean, *_ = cells(convergence.make_tables(results), "MDPO - PPO")
+    assert mean[1:3] == ["mean", "3"] and mean[3].startswith("0.510 (")
+
+
+@pytest.mark.parametrize("words", ["--num-train 63", "--num-train 0", "--methods dqn", "--seeds 0"])
+def test_bad_flags(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(convergence.Args, args=words.split())
+    assert stop.value.code == 2
+    assert words.split()[0] in capsys.readouterr().err
 
 
 def test_values_correlations_and_bound(results):
