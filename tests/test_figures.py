@@ -42,14 +42,12 @@ def folder(tmp_path_factory):
 
 
 def draw(data, labels: dict, smooth: int = 1, reference=None):
-    """The panels of a figure of tests, and its legend: {label: what is drawn}."""
+    """The panels of a figure of tests."""
     if reference is None:
         reference = figures.read_reference(None)
     figure = figures.draw_curves(data[data.tag == TEST], labels, smooth, reference)
     plt.close(figure)
-    (legend,) = figure.legends
-    names = [text.get_text() for text in legend.get_texts()]
-    return figure.axes, dict(zip(names, legend.legend_handles))
+    return figure.axes
 
 
 def test_curves_of_different_length_and_steps(tmp_path):
@@ -69,25 +67,18 @@ def test_curves_of_different_length_and_steps(tmp_path):
 def test_smoothing_only_if_asked(tmp_path):
     write_ppo(tmp_path, curve={step: float(step // 10 % 2 * 6) for step in range(0, 100, 10)})
     for smooth, expected in ((1, [0, 6] * 5), (3, [3, 2, 4, 2, 4, 2, 4, 2, 4, 3])):
-        (panel,), _ = draw(read(tmp_path), {PPO: "PPO"}, smooth)
+        (panel,) = draw(read(tmp_path), {PPO: "PPO"}, smooth)
         steps = panel.lines[1].get_xdata() * 1e6
         at_points = np.interp(range(0, 100, 10), steps, panel.lines[1].get_ydata())
         assert at_points == pytest.approx(expected, abs=0.2)  # the corners are between two steps
 
 
 def test_what_is_drawn(folder, tmp_path):
-    """Mean and standard deviation (n - 1) over seeds: of slopes 1 and 2, 1.5 and 0.7071. Who has no curve
-    keeps its colour."""
+    """Mean and standard deviation (n - 1) over seeds: of slopes 1 and 2, 1.5 and 0.7071."""
     write_ppo(tmp_path, "starpilot", seed=3, curve=line(0.03, end=500))
     data = read(folder, tmp_path)
-    labels = {"none": "nothing", PPO: "PPO", MDPO: "ours"}
-    (bigfish, starpilot), legend = draw(data, labels)
-    assert (bigfish.get_title(), starpilot.get_title()) == ("bigfish", "starpilot")
-    colors = {name: handle.get_color() for name, handle in legend.items()}
-    assert colors == {"PPO": "C1", "ours": "C2"}
-
-    dashed, solid, _, of_mdpo = bigfish.lines
-    assert (solid.get_color(), of_mdpo.get_color()) == ("C1", "C2")
+    bigfish, starpilot = draw(data, {PPO: "PPO", MDPO: "ours"})
+    _, solid, _, of_mdpo = bigfish.lines
     steps = solid.get_xdata() * 1e6
     assert steps[-1] == 1000
     assert solid.get_ydata() == pytest.approx(0.015 * steps)
@@ -99,7 +90,6 @@ def test_what_is_drawn(folder, tmp_path):
 
     dashed, solid, *_ = starpilot.lines  # solid as long as all three go on
     steps = solid.get_xdata() * 1e6
-    assert dashed.get_linestyle() == "--"
     assert dashed.get_ydata()[steps > 500] == pytest.approx(0.015 * steps[steps > 500])
     expected = np.where(steps <= 500, 0.02 * steps, np.nan)
     assert solid.get_ydata() == pytest.approx(expected, nan_ok=True)
@@ -199,39 +189,22 @@ def test_aggregate_is_drawn():
             assert list(mark.get_ydata()) == [name]
             drawn.append((axis.get_title(), name, *mark.get_xdata(), *bar.get_xdata()))
     assert drawn == rows
-    assert [axis.get_xlabel() for axis in figure.axes] == ["normalised test score", "probability"]
 
 
-@pytest.fixture(scope="module")
-def output(folder, tmp_path_factory):
-    """What the tool writes: figures, table and curves.csv.gz; beside them what it prints."""
-    output = tmp_path_factory.mktemp("tool") / "new/f"
-    words = [folder, "--algorithms", PPO, MDPO, "--labels", "PPO", LABEL, "--bootstrap", "50"]
-    words += ["--output", output, "--csv", output / "curves.csv.gz"]
-    command = [sys.executable, ROOT / "benchmark/figures.py", *words]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (output.parent / "printed.txt").write_text(printed)
-    return output
-
-
-def test_files(output):
+def test_table_and_files(folder, tmp_path, monkeypatch, capsys):
+    """bigfish scores (R - 0) / 40 and starpilot (R - 1.5) / 33.5, of returns 10 and 20, and 20 and 20. The
+    CSV gives the same table again, compressed and plain."""
+    output = tmp_path / "new/f"
+    words = ["--algorithms", PPO, MDPO, "--labels", "PPO", LABEL, "--bootstrap", 50]
+    run_tool("figures", monkeypatch, folder, *words, "--output", output, "--csv", output / "curves.csv.gz")
+    printed = capsys.readouterr().out
     names = {"training_return", "test_return", "generalization_gap", "aggregate"}
     expected = {f"{name}.{suffix}" for name in names for suffix in ("pdf", "png")}
     assert {path.name for path in output.iterdir()} == expected | {"table.md", "curves.csv.gz"}
-    for name in names:
-        assert (output / f"{name}.pdf").read_bytes().startswith(b"%PDF")
-        pixels = plt.imread(output / f"{name}.png")
-        assert pixels.shape[1] >= 800
-        assert pixels[..., :3].std() > 0.05
-
-
-def test_table(output):
-    """bigfish scores (R - 0) / 40 and starpilot (R - 1.5) / 33.5, of returns 10 and 20, and 20 and 20."""
     table = (output / "table.md").read_text()
-    printed = (output.parent / "printed.txt").read_text()
     assert table in printed
-    for words in ("not in the aggregate", "one seed of", "missing:", "short:", "left out:"):
-        assert words not in printed
+    for text in ("not in the aggregate", "one seed of", "missing:", "short:", "left out:"):
+        assert text not in printed
     ppo = [10 / 40, 20 / 40, 8.5 / 33.5, 18.5 / 33.5]
     ours = (20 / 40 + 18.5 / 33.5) / 2
     for expected in (
@@ -245,22 +218,15 @@ def test_table(output):
         f"| probability of improvement | P({LABEL} > PPO) | 0.750 [",
     ):
         assert expected in table
-
-
-def test_csv_gives_the_same_figures(output, tmp_path, monkeypatch):
-    """Compressed and plain."""
     text = gzip.decompress((output / "curves.csv.gz").read_bytes())
     first, *lines = text.decode().splitlines()
     assert first == "run,tag,step,value"
     assert f"bigfish__{MDPO}__2__1/agent_2,{TEST},1000,80" in lines
     (tmp_path / "curves.csv").write_bytes(text)
-    words = ["--algorithms", PPO, MDPO, "--labels", "PPO", LABEL, "--bootstrap", 50, "--tags", TEST]
-    words += ["--csv", tmp_path / "again.csv", "--output", tmp_path]
+    words += ["--tags", TEST, "--csv", tmp_path / "again.csv", "--output", tmp_path]
     run_tool("figures", monkeypatch, tmp_path / "curves.csv", *words)
-    assert (tmp_path / "table.md").read_text() == (output / "table.md").read_text()
+    assert (tmp_path / "table.md").read_text() == table
     assert (tmp_path / "again.csv").read_bytes() == text
-    one, other = [plt.imread(path / "test_return.png") for path in (tmp_path, output)]
-    assert np.abs(one - other).mean() < 1e-4  # of 1
 
 
 def test_what_is_unfinished_or_missing(folder, tmp_path, monkeypatch, capsys):
@@ -281,12 +247,9 @@ def test_what_is_unfinished_or_missing(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_one_test_of_one_run(tmp_path, monkeypatch, capsys):
-    """Its point is visible, and nobody is there to be compared with; the levels are easy."""
+    """Nobody is there to be compared with; the levels are easy."""
     name = f"starpilot__{PPO}__1__1"
     write_run(tmp_path, name, [{TEST: {64: 7.0}}], [33.25], 64, distribution_mode="easy")
-    (panel,), _ = draw(read(tmp_path, distribution_mode="easy"), {PPO: "PPO"})
-    assert panel.lines[1].get_marker() == "."
-    assert set(panel.lines[1].get_ydata()) == {7.0}
     words = ["--distribution-mode", "easy", "--tags", TRAIN, "--bootstrap", 10, "--output", tmp_path / "f"]
     run_tool("figures", monkeypatch, tmp_path, *words)
     out = capsys.readouterr().out
@@ -351,8 +314,7 @@ def test_published_returns(tmp_path, monkeypatch, capsys):
     reference = figures.read_reference(PUBLISHED)
     of_tests = reference[reference.split == "test"]
     data = read(tmp_path, distribution_mode="easy")
-    (panel,), legend = draw(data, {PPO: "PPO"}, reference=of_tests)
-    assert list(legend) == ["PPO", "published"]
+    (panel,) = draw(data, {PPO: "PPO"}, reference=of_tests)
     (errors,) = panel.containers
     marks, _, (bars,) = errors.lines
     assert marks.get_xydata().tolist() == [[0.25, 2.97], [0.5, 3.78]]

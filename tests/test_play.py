@@ -1,7 +1,6 @@
 """Agents at play: the level is the one asked for, returns on levels, videos, wrong command lines."""
 
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import tyro
-from common import ROOT, error_message, make_agents
+from common import ROOT, error_message, make_agents, save_agent
 from PIL import Image
 from procgen import ProcgenGym3Env
 from procgen.env import ENV_NAMES
@@ -22,21 +21,17 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import play
 
 
-def save_agent(path: Path, seed: int, env_id: str = "fruitbot"):
+def make_agent(seed: int):
     (agent,) = make_agents(ppo_procgen, 1, seed)
-    args = {"env_id": env_id, "distribution_mode": "hard", "channels": (4, 4, 4)}
-    args |= {"exp_name": "mine", "seed": seed}
-    content = {"script": "ppo_procgen", "args": args, "agent": agent.state_dict(), "global_step": 1000}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
+    return agent
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """With one/agent.pt and other/agent_2/agent.pt."""
     monkeypatch.chdir(tmp_path)
-    save_agent(Path("one/agent.pt"), 1)
-    save_agent(Path("other/agent_2/agent.pt"), 2)
+    save_agent(Path("one/agent.pt"), make_agent(1), exp_name="mine")
+    save_agent(Path("other/agent_2/agent.pt"), make_agent(2), exp_name="mine", seed=2)
 
 
 def run(line: str):
@@ -177,21 +172,18 @@ def test_frames_of_levels(played, monkeypatch, capsys):
 # What comes out.
 
 
-def test_returns_from_the_shell(place):
+def test_returns(place, capsys):
     """A row for each agent and level, a line for each agent."""
-    words = "one/agent.pt other/agent_2/agent.pt --levels 5:9 --episodes-per-level 2 --csv deep/returns.csv"
-    command = [sys.executable, str(ROOT / "benchmark" / "play.py"), *words.split()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (result.returncode, result.stderr) == (0, "")
+    run("one/agent.pt other/agent_2/agent.pt --levels 5:9 --episodes-per-level 2 --csv deep/returns.csv")
     table = pd.read_csv("deep/returns.csv")
     assert table.columns.tolist() == "level mean_return mean_length episodes agent global_step".split()
     assert table.level.tolist() == 2 * [5, 6, 7, 8]
     assert table.agent.tolist() == 4 * ["one/agent.pt"] + 4 * ["other/agent_2/agent.pt"]
     assert set(table.episodes) == {2}
-    assert set(table.global_step) == {1000}
-    line, other_line = result.stdout.splitlines()
-    assert line.startswith("one/agent.pt (mine, seed 1, 1,000 steps): return ")
-    assert other_line.startswith("other/agent_2/agent.pt (mine, seed 2, agent 2, 1,000 steps): return ")
+    assert set(table.global_step) == {0}
+    line, other_line = capsys.readouterr().out.splitlines()
+    assert line.startswith("one/agent.pt (mine, seed 1, 0 steps): return ")
+    assert other_line.startswith("other/agent_2/agent.pt (mine, seed 2, agent 2, 0 steps): return ")
     pattern = r"return (\S+) ± (\S+) \(standard error over 4 levels\), length (\S+)"
     mean, error, length = map(float, re.search(pattern, line).groups())
     returns = table.mean_return[:4]
@@ -218,22 +210,15 @@ def test_seed_and_mode(place, capsys):
 
 
 def test_a_frame():
-    """Pictures side by side; above them texts that end where they end, and tell the return and the end."""
-    episodes = [play.Episode(make_game("maze", "easy"), 7, "rgb_array") for _ in range(4)]
-    episodes[2].total = episodes[3].total = 3
-    episodes[3].over = True
-    long = "a very long name of an experiment, seed 12345, agent 2, 1,000 steps"
-    frame = play.draw_frame([long, "short", "short", "short"], episodes)
-    parts = np.split(np.asarray(frame), 4, axis=1)
+    """Pictures side by side; the texts above them tell the return and the end."""
+    episodes = [play.Episode(make_game("maze", "easy"), 7, "rgb_array") for _ in range(3)]
+    episodes[1].total = episodes[2].total = 3
+    episodes[2].over = True
+    frame = play.draw_frame(3 * ["mine, seed 1"], episodes)
+    parts = np.split(np.asarray(frame), 3, axis=1)
     for part in parts:
-        assert part.shape == (584, 520, 3)
         assert np.array_equal(part[72:, :512], episodes[0].picture)
-        assert not part[:, 512:].any()
-    widths = [part[36:72].any(axis=(0, 2)).nonzero()[0].max() for part in parts]  # of the second lines
-    assert widths[3] > widths[2] + 20
-    changed = (parts[1] != parts[2]).any((1, 2))
-    assert changed[36:72].any()
-    assert not changed[:36].any()
+    assert len({part[:72].tobytes() for part in parts}) == 3
 
 
 def test_files(place, capsys):
@@ -285,14 +270,11 @@ def test_failed_video_leaves_the_old_one(tmp_path, monkeypatch):
 WRONG = [
     ("", "CHECKPOINTS"),
     ("one/agent.pt --levels 5", "--levels must be FIRST:END"),
-    ("one/agent.pt --levels 5:5", "--levels must be FIRST:END"),
     ("one/agent.pt --levels 0:2147483648", "--levels must be FIRST:END"),
     ("one/agent.pt --levels 0:5 --episodes-per-level 0", "--episodes-per-level must be from 1"),
     ("one/agent.pt --episodes-per-level 2", "need --levels"),
-    ("one/agent.pt --csv a.csv", "need --levels"),
     ("one/agent.pt --video film.gif", "--video must end in .mp4"),
     ("one/agent.pt --max-steps 0", "--max-steps must be from 1"),
-    ("one/agent.pt --seed -1", "--seed must be from 0"),
     ("one/agent.pt --distribution-mode memory", "--distribution-mode must be"),
     ("one/agent.pt maze.pt", "not fruitbot hard, maze hard"),
     ("one/agent.pt missing.pt", "missing.pt"),
@@ -301,7 +283,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("line", "expected"), WRONG)
 def test_wrong_command_line(line, expected, place, capfd):
-    save_agent(Path("maze.pt"), 1, env_id="maze")
+    save_agent(Path("maze.pt"), make_agent(1), env_id="maze")
     files = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit) as stop:
         run(line)

@@ -45,7 +45,7 @@ def write_run(root: Path, name: str, curves: list[dict], finals=(), end=0, **set
     return run
 
 
-def line(slope: float, start: int = 0, end: int = 1000, step: int = 100) -> dict[int, float]:
+def line(slope: float, start=0, end=1000, step=100) -> dict[int, float]:
     return {x: slope * x for x in range(start, end + 1, step)}
 
 
@@ -137,7 +137,6 @@ def test_settings_that_are_needed(tmp_path, capsys):
     write_run(tmp_path, f"heist__{MDPO}__1__1", [{TEST: line(1.0)}], distribution_mode="easy")
     assert set(read(tmp_path, games=("maze",)).game) == {"maze"}
     assert set(read(tmp_path, algorithms=(PPO,), needed={"num_levels": 200}).game) == {"maze"}
-    assert set(read(tmp_path, games=("heist",), distribution_mode="easy").game) == {"heist"}
     with pytest.raises(SystemExit):
         read(tmp_path, games=("maze",), needed={"num_levels": 500})
     expected = f"{run} was made with --num-levels 200, and --num-levels 500 is needed"
@@ -168,7 +167,9 @@ def test_labels():
     everything = runs.Choice(paths=(ROOT,))
     assert runs.name_algorithms(data, everything) == {"a": "a", "b": "b"}
     choice = runs.Choice(paths=(ROOT,), algorithms=("b", "a"), labels=("one", "two"))
-    assert [*runs.name_algorithms(data, choice).items()] == [("b", "one"), ("a", "two")]
+    names = runs.name_algorithms(data, choice)
+    assert list(names) == ["b", "a"]
+    assert list(names.values()) == ["one", "two"]
 
 
 BAD = {  # a command line, and words of its message
@@ -181,7 +182,6 @@ BAD = {  # a command line, and words of its message
     f"figures RUNS --algorithms {PPO} {MDPO} --labels A A": "--labels differ",
     "figures RUNS --distribution-mode easy": "made with --distribution-mode hard easy",
     "figures EMPTY": "no runs",
-    "figures EMPTY --games maze": "--games only of none",
     "figures bad.csv": "bad.csv run, tag, step, value",
     "figures bad.bin": "bad.bin run, tag, step, value",
     "figures NO_ARGS": f"maze__{PPO}__1__1 has no args.json",
@@ -191,11 +191,8 @@ BAD = {  # a command line, and words of its message
     "figures RUNS --bootstrap 1": "--bootstrap 10",
     "figures RUNS --reference bad.csv": "--reference --distribution-mode easy",
     "figures RUNS --distribution-mode easy --reference bad.csv": "--reference bad.csv",
-    "tables RUNS --labels A": "--labels --algorithms",
-    "tables RUNS --games pong": "--games",
     "tables RUNS": "no run has a final test",
     "tables RUNS --robustness bad.csv": "--robustness: bad.csv is not a table of robustness_eval.py",
-    "tables RUNS --robustness bad.bin": "--robustness: bad.bin is not a table of robustness_eval.py",
     "tables RUNS --robustness nowhere.csv": "--robustness nowhere.csv",
 }
 

@@ -66,7 +66,8 @@ class TimedScript:
         return "metrics"
 
     def plain_evaluate(self, policies, args, num, levels, seed, device, stop):
-        assert (len(policies), num, levels) == (1, 2, (0, 0))
+        assert len(policies) == 1
+        assert (num, levels) == (2, (0, 0))
         self.pass_time(3)
 
     def plain_save_checkpoint(self):
@@ -96,7 +97,7 @@ def test_numbers(num_agents, each, monkeypatch, capsys):
     run_here(monkeypatch, "ppo_procgen", "--warmup", 4, "--iterations", 3, *flags(**SETTINGS))
     assert script.iterations == 4 + 2 * 3
     first, *lines = capsys.readouterr().out.strip().splitlines()
-    assert "cores, " in first and "torch" in first
+    assert "cores, " in first
     assert lines[1].startswith("ppo_procgen, bigfish, --num-envs 4 ")
     assert lines[2:-2] == [
         "cpu, the encoder in float32",
@@ -135,8 +136,10 @@ def test_a_real_script(tmp_path, monkeypatch, capsys):
     run_here(monkeypatch, "mdspo_procgen", *words, *flags(**settings))
     assert not list(tmp_path.iterdir())
     out = capsys.readouterr().out
-    assert "a test of" not in out and "runs" not in out
-    for game, text in zip(["fruitbot", "starpilot"], out.split("\nmdspo_procgen, ")[1:], strict=True):
+    assert "a test of" not in out
+    assert "runs" not in out
+    _, *texts = out.split("\nmdspo_procgen, ")
+    for game, text in zip(["fruitbot", "starpilot"], texts, strict=True):
         assert text.startswith(game)
         milliseconds = [float(each) for each in re.findall(r"^\| [a-z ]+ \| ([\d.-]+) \|", text, re.M)]
         assert len(milliseconds) == 4 and min(milliseconds) > 0
@@ -209,34 +212,26 @@ def test_cleanrl_and_ours_run_in_turn_on_the_same(wheel, monkeypatch, capsys):
     assert ratio == f"ratio {np.median([50, 51, 70, 52]) / 9:.2f}"
 
 
-BAD = {  # of the tool's own command line
+BAD = {
     "": "{ppo_procgen,spo_p",
     "dqn_procgen": "dqn_procgen",
     "ppo_procgen --iterations 0": "--iterations must be from 1 to",
     "ppo_procgen --games bigfish chess": "--games",
-}
-BAD_LATER = {  # the first lines are printed
     "ppo_procgen --gamma 2": "--gamma must be",
-    "ppo_procgen --no-such-flag 1": "--no-such-flag",
     "ppo_procgen --resume auto": "speed.py: error: --env-id, --resume and --track",
     "ppo_procgen --env-id starpilot": "speed.py: error: --env-id",
     "ppo_procgen --cleanrl missing.whl": "--cleanrl cannot use missing.whl: FileNotFoundError",
-    "ppo_procgen --cleanrl text.whl": "--cleanrl cannot use text.whl: BadZipFile",
-    "ppo_procgen --cleanrl other.whl": "--cleanrl cannot use other.whl: KeyError",
     "ppo_procgen --cleanrl broken.whl": "ended with status 3",
 }
 
 
-@pytest.mark.parametrize("words", BAD | BAD_LATER)
+@pytest.mark.parametrize("words", BAD)
 def test_bad_input(words, tmp_path, monkeypatch, capsys):
+    """The first lines may be printed."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.whl").write_text("text")
-    for name, content in {"other.whl": "other.py", "broken.whl": speed.CLEANRL}.items():
-        with zipfile.ZipFile(tmp_path / name, "w") as archive:
-            archive.writestr(content, "raise SystemExit(3)")
+    with zipfile.ZipFile("broken.whl", "w") as archive:
+        archive.writestr(speed.CLEANRL, "raise SystemExit(3)")
     with pytest.raises(SystemExit) as stop:
         run_here(monkeypatch, *words.split())
-    out, err = capsys.readouterr()
-    message = error_message(stop.value.code, "" if words in BAD_LATER else out, err)
-    assert (BAD | BAD_LATER)[words] in message
-    assert len(list(tmp_path.iterdir())) == 3
+    assert BAD[words] in error_message(stop.value.code, "", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.whl"]

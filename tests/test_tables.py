@@ -56,7 +56,8 @@ def test_interval_of_a_ratio():
     values = np.array([1.0, 2.0, 4.0])
     middle, low, high, p = tables.ratio_interval(4 * values, values)
     assert middle == pytest.approx(4)
-    assert low * high == pytest.approx(16) and low < 4
+    assert low * high == pytest.approx(16)
+    assert low < 4
     difference = tables.difference_interval((np.log(4 * values), np.log(values)))
     assert (np.log(high), p) == pytest.approx((difference.high, difference.p))
 
@@ -71,7 +72,8 @@ def test_few_trainings():
         assert str(tables.difference_interval((two, same))) == "0.500"
         assert str(tables.mean_interval(same)) == "0.100 (0.100 to 0.100)"
         middle, low, high, _ = tables.difference_interval((same, np.array([1.0, 2.0, 3.0])))
-    assert middle == pytest.approx(-1.9) and low < middle < high
+    assert middle == pytest.approx(-1.9)
+    assert low < middle < high
 
 
 def test_stars_are_holms():
@@ -106,7 +108,6 @@ def test_rank_correlation():
     assert correlate(frame(x, [0.2, 0.1, 0.9, 0.5, 0.4])).middle == pytest.approx(expected)
     assert correlate(frame(x, [0.5, 0.4, 0.3, 0.2, 0.1])).middle == pytest.approx(-1)
     assert np.isnan(correlate(frame(x, 5 * [0.5])).middle)
-    assert np.isnan(correlate(frame(5 * [0.5], x)).middle)
 
 
 def test_rank_correlation_within_groups():
@@ -129,7 +130,6 @@ def test_interval_of_a_correlation():
     assert 0.1 < high - low < 0.5
     x = np.arange(5.0)
     assert str(correlate(frame(x[:4], x[:4]))) == "1.000"
-    assert str(correlate(frame(x, x).assign(seed=1))) == "1.000"
     assert str(correlate(frame(x, x))) == "1.000 (1.000 to 1.000)"
 
 
@@ -212,7 +212,8 @@ def test_returns_and_differences(curves, make):
     assert head_of_differences[2:] == ["training levels - PPO's", "full distribution - PPO's", "gap - PPO's"]
     assert difference == ["MDPO", "bigfish", "15.000", "9.000", "6.000"]
     _, rows = make(curves, "--algorithms", MDPO, PPO, "--labels", "ours", "theirs")
-    assert rows[-2][2] == "training levels - ours's" and rows[-1][:3] == ["theirs", "bigfish", "-15.000"]
+    assert rows[-2][2] == "training levels - ours's"
+    assert rows[-1][:3] == ["theirs", "bigfish", "-15.000"]
     text, _ = make(curves, "--algorithms", MDPO)
     assert "Nothing to compare with MDPO." in text
 
@@ -291,12 +292,9 @@ def test_rank_correlation_of_robustness(curves, make, tmp_path):
     differences = [1 - 1, 4 - 2, 3 - 3, 2 - 4, 6 - 5, 5 - 6]  # of ranks
     expected = 1 - 6 * sum(each**2 for each in differences) / (6 * 35)
     assert kl[5] == tv[5] == f"{expected:.3f}"
-    del distances[name_run(PPO, 1)]
-    write_robustness(path, distances)
-    text, _ = make(curves, "--robustness", path)
-    assert f"left out of what follows on robustness: {name_run(PPO, 1)}, which is not in --robustness" in text
     write_robustness(path, {"another_run": 5.0})
     text, _ = make(curves, "--robustness", path)
+    assert f"left out of what follows on robustness: {name_run(PPO, 1)}, which is not in --robustness" in text
     assert "No agent of --robustness has a final test here." in text
 
 
@@ -325,36 +323,25 @@ def test_robustness_of_algorithms(curves, make, tmp_path):
 
 
 def test_paired(make, tmp_path):
-    """Seeds are far apart, and within each MDPO is 2 better and has half the KL. A seed that only one has
-    does not count."""
+    """Seeds are far apart, and within each MDPO is 2 better; in the first it has half the KL. A seed that
+    only one has does not count."""
     rows = []
-    distances = {}
     for seed in (1, 2, 3, 4):
         rows += points(name_run(PPO, seed), train=10.0 * seed, test=0.0)
-        distances[name_run(PPO, seed)] = 0.1 * seed
         if seed < 4:
             rows += points(name_run(MDPO, seed, 1), train=10.0 * seed + 2 + 0.01 * seed, test=0.0)
-            distances[name_run(MDPO, seed, 1)] = 0.05 * seed
+    distances = {name_run(PPO, 1): 0.4, name_run(MDPO, 1, 1): 0.2, name_run(PPO, 2): 0.8}
     path = write_robustness(tmp_path / "results.csv", distances)
     curves = write(tmp_path / "paired.csv", rows)
-    words = [curves, "--algorithms", PPO, MDPO, "--robustness", path]
-    _, rows = make(*words, "--paired")
+    words = [curves, "--algorithms", PPO, MDPO]
+    _, rows = make(*words, "--robustness", path, "--paired")
     half = 4.303 * 0.01 / 3**0.5
     (returns,) = [row for row in rows if row[:2] == ["MDPO", "bigfish"] and len(row) == 5]
     assert returns[2] == f"2.020 ({2.02 - half:.3f} to {2.02 + half:.3f}) *"
     (ratios,) = [row for row in rows if row[:3] == ["MDPO", "bigfish", "random-conv"]]
-    assert ratios[3].startswith("0.500 (0.500 to 0.500)")
+    assert ratios[3] == "0.500"
     _, rows = make(*words)
-    (returns,) = [row for row in rows if row[:2] == ["MDPO", "bigfish"] and len(row) == 5]
-    assert returns[2].startswith("-2.980 (")
-
-
-def test_a_table_from_before_the_encoding_shift(curves, make, tmp_path):
-    distances = {name_run(PPO, 1): 0.6, name_run(PPO, 2): 1.0}
-    path = write_robustness(tmp_path / "results.csv", distances, "encoding_shift_mean")
-    text, rows = make(curves, "--robustness", path)
-    assert "encoding shift" not in text
-    assert [row[1] for row in rows[-2:]] == ["KL", "total variation"]
+    assert rows[-1][2].startswith("-2.980 (")
 
 
 def test_an_agent_that_is_in_the_table_twice(curves, make, tmp_path, capsys):

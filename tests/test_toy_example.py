@@ -1,6 +1,5 @@
 """The toy example: who copies whom, its losses, data and trainings, its files and its errors."""
 
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -354,37 +353,17 @@ def test_table_and_figure(tmp_path, monkeypatch, capsys):
     assert "| width of the coin in pixels | 4 | 7 |" in lines
     assert "| distill_coef 0.1 | 0.30 / 0.50 | 1.00 / 1.00 |" in lines
     assert sum("| 1.00 / 1.00 | 1.00 / 1.00 |" in line for line in lines) == 7
-    pdf, png = sorted(path.parent.iterdir())
-    assert (pdf.name, png.name) == ("toy_example.pdf", "toy_example.png")
-    assert pdf.read_bytes().startswith(b"%PDF")
-    assert png.read_bytes().startswith(b"\x89PNG")
+    assert {each.name for each in path.parent.iterdir()} == {"toy_example.pdf", "toy_example.png"}
 
     (figure,) = figures
-    pictures = make_pictures(7).numpy()
-    images = [ax.images[0].get_array() for ax in figure.axes if ax.images]
-    assert np.array_equal(images[:6], [*pictures[:2], *pictures])
     panels = {ax.get_title(): ax for ax in figure.axes if ax.get_title()}
     for title, mean in (("policy A", "0.30"), ("policy B", "0.50")):
         shown = {text.get_position(): text.get_text() for text in panels[title].texts}
         assert shown.pop((0, 1)) == mean
         assert set(shown.values()) == {"1.00"}
-    names = [label.get_text() for label in panels["policy A"].get_yticklabels()]
-    assert names == list(ROWS)
 
 
 # The command.
-
-
-@pytest.mark.slow
-def test_command(tmp_path):
-    """From a shell, with a process for each core."""
-    words = ["--seeds", "1", "--coin-sizes", "2", "7", "--iterations", "1"]
-    command = [sys.executable, toy_example.__file__, *words]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert len(list(tmp_path.glob("figures/toy_example.*"))) == 2
-    for name in ROWS:
-        assert f"\n| {name} | " in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -393,7 +372,6 @@ def test_command(tmp_path):
         ("--seeds 0", "--seeds must be from 1 to 1000, not 0"),
         ("--coin-sizes 3 25", "--coin-sizes must be from 1 to 24, not 25"),
         ("--coin-sizes", "--coin-sizes must be one number or more"),
-        ("--iterations 10001", "--iterations must be from 1 to 10000, not 10001"),
         ("--figure /", "--figure must be a file's name, not /"),
         ("--figure /dev/null/x", "--figure /dev/null/x: File exists"),
     ],
