@@ -109,14 +109,6 @@ def test_a_seed_gives_the_same_again(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.slow
-def test_ppo_learns():
-    """Uniform play has an eighth of the optimum."""
-    result = train("ppo", num_train=1, num_updates=60)
-    assert [row["iteration"] for row in result["rows"]] == [30, 60]
-    assert result["rows"][-1]["agents"][0]["new_eta"] > 2.5
-
-
-@pytest.mark.slow
 def test_methods():
     """All train, with as many agents as they say. Mutual distillation has a loss of its own, and each gives
     other policies than each."""
