@@ -368,7 +368,8 @@ def test_bad_flags(words, message, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("[]", "is damaged, or another kind of file"),
+        ('{"design": 3}', "is damaged, or another kind of file"),
+        ("{}", "is damaged, or another kind of file"),
         ("\0", "is damaged, or another kind of file"),
         ('{"design": {"grid_size": 5}}', "with grid_size 5, not 4; another --output would do"),
     ],
