@@ -1,7 +1,6 @@
 """benchmark/figures.py on curves whose mean, deviation and scores are known."""
 
 import gzip
-import importlib.util
 import os
 import re
 import shutil
@@ -15,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import torch.nn as nn
 from common import ROOT
 from test_runs import MDPO, PPO, line, read, run_tool, write_ppo, write_run
 
@@ -352,20 +350,8 @@ def test_published_numbers_are_whole():
 
 
 def test_published_settings(tmp_path):
-    """The patch fits today's script, and changes the encoder's first weights and the rewards' scaling."""
+    """The patch fits today's script, and changes the rewards' scaling."""
     path = Path(shutil.copy(ROOT / "ppo_procgen.py", tmp_path))
     patch = RESULTS / "published_settings.patch"
     subprocess.run(["git", "apply", patch], cwd=tmp_path, check=True)
     assert path.read_text().count("0.99") == (ROOT / "ppo_procgen.py").read_text().count("0.99") + 1
-    spec = importlib.util.spec_from_file_location("patched", path)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["patched"] = script
-    spec.loader.exec_module(script)
-    agent = script.Agent()
-    for module in agent.encoder.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(module.weight)
-            bound = (6 / (fan_in + fan_out)) ** 0.5  # Glorot's
-            assert 0.95 * bound < module.weight.abs().max() <= bound
-            assert not module.bias.any()
-    assert agent.actor.weight.abs().max() < 0.01  # the heads stay as they were

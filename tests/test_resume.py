@@ -1,26 +1,23 @@
 """Runs that were stopped, killed, extended: they end as one that ran straight through, to the bit."""
 
-import json
 import os
-import random
 import signal
 import time
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from common import (
-    Fork,
     agent_folders,
     copy_run,
     flags,
     load,
     parse,
     read_curves,
-    read_points,
     run,
     run_folder,
     same,
@@ -62,8 +59,8 @@ def test_the_straight_run(straight):
             assert not same(runner[key], last_runner[key]), key
     for weights, last_weights in zip(first["agents"], last["agents"]):
         assert not same(weights, last_weights)
-    weights = [agent["encoder.0.weight"] for agent in first["agents"]]
-    assert len({tuple(each.flatten().tolist()) for each in weights}) == len(weights)
+    for weights, peer_weights in pairwise(first["agents"]):
+        assert not same(weights, peer_weights)
 
 
 # Signals.
@@ -188,7 +185,7 @@ def spoil(content: dict, first: dict, path: tuple):
     content[last] = value
 
 
-@pytest.mark.parametrize("path", SPOILS, ids=lambda path: " ".join(map(str, path)))
+@pytest.mark.parametrize("path", SPOILS, ids=str)
 def test_every_part_of_a_checkpoint_counts(ppo, tmp_path, path):
     """The checkpoint is one before a test, after which the curves go on to the end: those are replaced."""
     run_dir = copy_run(ppo, 9, tmp_path)
@@ -275,7 +272,8 @@ def test_a_changed_setting_counts(ppo, tmp_path, name):
     run_dir = copy_run(ppo, 4, tmp_path, finished=False)
     words = flags(total_timesteps=8 * BATCH_SIZE, eval_interval=0, **{name: MAY_CHANGE[name]})
     assert train(ppo.script, tmp_path, "--resume", run_dir, *words) == 0
-    assert not same(load(run_dir / "checkpoint.pt")["agents"], load(ppo.checkpoints[8])["agents"])
+    agents = load(run_dir / "checkpoint.pt")["agents"]
+    assert not same(agents, load(ppo.checkpoints[8])["agents"])
     assert load(run_dir / "agent.pt")["args"][name] == MAY_CHANGE[name]
     rates = read_curves(run_dir)["charts/learning_rate"]
     later_rate = 1e-3 if name == "learning_rate" else 5e-4
@@ -292,20 +290,6 @@ def test_a_run_from_a_gpu_goes_on_without_one(ppo, tmp_path):
     torch.save(content, run_dir / "checkpoint.pt")
     assert train(ppo.script, tmp_path, "--resume", run_dir, "--device", "cpu") == 0
     assert differences(ppo, run_dir) == []
-
-
-def test_tests_do_not_change_training(mdpo, tmp_path):
-    """A run without them has the same weights and training curves."""
-    assert train(mdpo.script, tmp_path, *flags(**SETTINGS | {"eval_interval": 0})) == 0
-    run_dir = run_folder(tmp_path)
-    assert not (run_dir / "final_test.json").exists()
-    folders = agent_folders(mdpo.name, mdpo.run_dir)
-    for folder, other_folder in zip(folders, agent_folders(mdpo.name, run_dir), strict=True):
-        assert same(load(folder / "agent.pt")["agent"], load(other_folder / "agent.pt")["agent"])
-        points = read_points(folder)
-        del points["charts/test_episodic_return"]
-        del points["charts/generalization_gap"]
-        assert points == read_points(other_folder)
 
 
 # --resume auto
@@ -376,29 +360,6 @@ def die_in_a_write(moment: str, number: int):
     Path.replace = patched_replace
 
 
-def kill_at_any_time(script, folder, words, looks: int) -> SimpleNamespace:
-    """After so many looks of its networks, which are a clock for which a busy machine does not matter; or it
-    has ended before."""
-    reading, writing = os.pipe()
-
-    def report():
-        forward = script.Agent.forward
-
-        def reporting(*inputs):
-            os.write(writing, b".")
-            return forward(*inputs)
-
-        script.Agent.forward = reporting
-
-    process = Fork(script, folder, words, report)
-    os.close(writing)
-    for _ in range(looks):
-        os.read(reading, 1)
-    process.kill()
-    os.close(reading)
-    return process.finish()
-
-
 def test_killed_in_every_write(mdpo, tmp_path):
     """Of a checkpoint, at three moments each, with the same command each time: no file is cut short, and the
     run ends as the mdpo one did."""
@@ -446,31 +407,3 @@ def test_killed_before_the_final_test_is_written(ppo, tmp_path):
         assert result.status == -signal.SIGKILL, result
         assert (run_dir / "final_test.json").exists() == (moment == "after the exchange")
     assert (run_dir / "final_test.json").read_bytes() == (ppo.run_dir / "final_test.json").read_bytes()
-
-
-SLOW = [pytest.param(run, seed, marks=pytest.mark.slow) for run in ("ppo", "mdpo") for seed in (1, 2)]
-
-
-@pytest.mark.parametrize(("straight", "seed"), [("mdpo", 0), *SLOW], indirect=["straight"])
-def test_killed_again_and_again(straight, tmp_path, seed):
-    """Until it has ended before the next kill, as the straight one did."""
-    rng = random.Random(seed)
-    words = ["--resume", "auto", *flags(**SETTINGS)]
-    run_dir = copy_run(straight, 0, tmp_path, finished=False)
-    most_looks = 250 * len(
-        agent_folders(straight.name, run_dir)
-    )  # what is after the last checkpoint has fewer
-    reached = []  # by the checkpoint after each kill
-    while not (run_dir / "final_test.json").exists():
-        result = kill_at_any_time(straight.script, tmp_path, words, rng.randrange(most_looks))
-        assert result.status in (0, -signal.SIGKILL), result
-        for path in tmp_path.rglob("*.pt"):
-            load(path)
-        for path in tmp_path.rglob("*.json"):
-            json.loads(path.read_text())
-        reached.append(step_of(run_dir))
-        assert len(reached) < 50
-    print(f"checkpoints after the kills: {reached}")
-    assert reached == sorted(reached)
-    assert len(set(reached)) >= 3
-    assert differences(straight, run_dir) == []

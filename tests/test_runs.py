@@ -193,6 +193,7 @@ BAD = {  # a command line, and words of its message
     "figures RUNS --distribution-mode easy --reference bad.csv": "--reference bad.csv",
     "tables RUNS": "no run has a final test",
     "tables RUNS --robustness bad.csv": "--robustness: bad.csv is not a table of robustness_eval.py",
+    "tables RUNS --robustness bad.bin": "--robustness: bad.bin is not a table of robustness_eval.py",
     "tables RUNS --robustness nowhere.csv": "--robustness nowhere.csv",
 }
 

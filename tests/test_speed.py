@@ -221,6 +221,8 @@ BAD = {
     "ppo_procgen --resume auto": "speed.py: error: --env-id, --resume and --track",
     "ppo_procgen --env-id starpilot": "speed.py: error: --env-id",
     "ppo_procgen --cleanrl missing.whl": "--cleanrl cannot use missing.whl: FileNotFoundError",
+    "ppo_procgen --cleanrl text.whl": "--cleanrl cannot use text.whl: BadZipFile",
+    "ppo_procgen --cleanrl other.whl": "--cleanrl cannot use other.whl: KeyError",
     "ppo_procgen --cleanrl broken.whl": "ended with status 3",
 }
 
@@ -229,9 +231,11 @@ BAD = {
 def test_bad_input(words, tmp_path, monkeypatch, capsys):
     """The first lines may be printed."""
     monkeypatch.chdir(tmp_path)
-    with zipfile.ZipFile("broken.whl", "w") as archive:
-        archive.writestr(speed.CLEANRL, "raise SystemExit(3)")
+    (tmp_path / "text.whl").write_text("text")
+    for name, content in {"other.whl": "other.py", "broken.whl": speed.CLEANRL}.items():
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr(content, "raise SystemExit(3)")
     with pytest.raises(SystemExit) as stop:
         run_here(monkeypatch, *words.split())
     assert BAD[words] in error_message(stop.value.code, "", capsys.readouterr().err)
-    assert [path.name for path in tmp_path.iterdir()] == ["broken.whl"]
+    assert len(list(tmp_path.iterdir())) == 3
