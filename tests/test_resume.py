@@ -1,6 +1,8 @@
 """Runs that were stopped, killed, extended: they end as one that ran straight through, to the bit."""
 
+import json
 import os
+import random
 import signal
 import time
 from dataclasses import asdict
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from common import (
+    Fork,
     agent_folders,
     copy_run,
     flags,
@@ -407,3 +410,54 @@ def test_killed_before_the_final_test_is_written(ppo, tmp_path):
         assert result.status == -signal.SIGKILL, result
         assert (run_dir / "final_test.json").exists() == (moment == "after the exchange")
     assert (run_dir / "final_test.json").read_bytes() == (ppo.run_dir / "final_test.json").read_bytes()
+
+
+def kill_at_any_time(script, folder, words, looks: int) -> SimpleNamespace:
+    """After so many looks of its networks, which are a clock for which a busy machine does not matter; or it
+    has ended before."""
+    reading, writing = os.pipe()
+
+    def report():
+        forward = script.Agent.forward
+
+        def reporting(*inputs):
+            os.write(writing, b".")
+            return forward(*inputs)
+
+        script.Agent.forward = reporting
+
+    process = Fork(script, folder, words, report)
+    os.close(writing)
+    for _ in range(looks):
+        os.read(reading, 1)
+    process.kill()
+    os.close(reading)
+    return process.finish()
+
+
+SLOW = [pytest.param(run, seed, marks=pytest.mark.slow) for run in ("ppo", "mdpo") for seed in (1, 2)]
+
+
+@pytest.mark.parametrize(("straight", "seed"), [("mdpo", 0), *SLOW], indirect=["straight"])
+def test_killed_again_and_again(straight, tmp_path, seed):
+    """Until it has ended before the next kill, as the straight one did."""
+    rng = random.Random(seed)
+    words = ["--resume", "auto", *flags(**SETTINGS)]
+    run_dir = copy_run(straight, 0, tmp_path, finished=False)
+    most_looks = 250 * len(
+        agent_folders(straight.name, run_dir)
+    )  # what is after the last checkpoint has fewer
+    reached = []  # by the checkpoint after each kill
+    while not (run_dir / "final_test.json").exists():
+        result = kill_at_any_time(straight.script, tmp_path, words, rng.randrange(most_looks))
+        assert result.status in (0, -signal.SIGKILL), result
+        for path in tmp_path.rglob("*.pt"):
+            load(path)
+        for path in tmp_path.rglob("*.json"):
+            json.loads(path.read_text())
+        reached.append(step_of(run_dir))
+        assert len(reached) < 50
+    print(f"checkpoints after the kills: {reached}")
+    assert reached == sorted(reached)
+    assert len(set(reached)) >= 3
+    assert differences(straight, run_dir) == []
