@@ -194,11 +194,12 @@ def start_sweep(tmp_path):
     outlives the test, whatever happens in it."""
     started = []
 
-    def start(*words: str) -> subprocess.Popen:
+    def start(*words: str, **variables: str) -> subprocess.Popen:
         command = [sys.executable, ROOT / "benchmark/sweep.py", "--output", tmp_path / "out"]
         command += "--algorithms ppo mdpo --games fruitbot --seeds 1 --cpus 1".split()
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen([*command, *words], start_new_session=True, **pipes)
+        environment = os.environ | variables
+        process = subprocess.Popen([*command, *words], env=environment, start_new_session=True, **pipes)
         started.append(process)
         return process
 
@@ -297,7 +298,7 @@ def test_a_temporary_path_that_is_too_long(start_sweep, tmp_path):
     """Ray's sockets are in it."""
     folder = tmp_path / (90 * "x")
     folder.mkdir()
-    each = start_sweep(SHORT, TMPDIR=str(folder))
+    each = start_sweep("--", *SHORT, TMPDIR=str(folder))
     _, errors = each.communicate(timeout=60)
     assert each.returncode == 2 and "set RAY_TMPDIR to a folder with a short path" in errors
     assert "Traceback" not in errors
