@@ -332,8 +332,8 @@ def make_tables(agents: pd.DataFrame, results: list[dict]) -> str:
 
 
 def groups_of(agents: pd.DataFrame) -> dict:
-    """{(method, n): a row for each training}, with the MEASURES as columns, and as the n `mean` their means
-    over n. The agents of a training are not independent: their mean counts."""
+    """{(method, n): a row for each training}, with the MEASURES as columns. The agents of a training are not
+    independent: their mean counts."""
     groups = {}
     for method, rows in agents.groupby("method", sort=False):
         trainings = rows.groupby(["num_train", "seed"])[list(MEASURES)].mean()
